@@ -1,0 +1,1 @@
+"""What the user states: units, cluster, model, workload, requirements, problem."""

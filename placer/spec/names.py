@@ -1,0 +1,89 @@
+"""Names that may end up in a file name, a table or a shell script, checked before anything else sees them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+from ClusterShell.NodeSet import NodeSet, NodeSetException
+from pydantic import AfterValidator
+
+MAX_HOSTS = 20_000
+
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
+_HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+/()-]{0,99}")
+_RANGE = re.compile(r"[A-Za-z0-9._,\[\]-]+")
+_DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
+
+
+def check_host(name: str) -> str:
+    """Return `name` when it is a host name (RFC 1123, underscores admitted); raise ValueError otherwise."""
+    if len(name) > 253 or not _HOST.fullmatch(name):
+        raise ValueError(
+            f"found {name[:60]!r}, expected a host name of letters, digits, `-` and `.` (RFC 1123)"
+        )
+    return name
+
+
+def check_name(name: str) -> str:
+    """Return `name` when it is a plain name of at most 100 characters; raise ValueError otherwise."""
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"found {name[:60]!r}, expected a name of letters, digits, spaces and `._+/()-`, 100 characters at most"
+        )
+    return name
+
+
+def check_device(name: str) -> str:
+    """Return `name` when it can name a NIC or a GPU UUID; raise ValueError otherwise."""
+    if not _DEVICE.fullmatch(name):
+        raise ValueError(
+            f"found {name[:60]!r}, expected a device name of letters, digits, `_`, `.`, `:` and `-`"
+        )
+    return name
+
+
+def expand_hosts(text: str) -> list[str]:
+    """Return the hosts of a host list such as `node[01-16],login1`, in the order written.
+
+    Raises ValueError when the list does not parse, holds no host, repeats one, or names more than 20,000.
+    """
+    if len(text) > 10_000 or not _RANGE.fullmatch(text):
+        raise ValueError(f"found {text[:60]!r}, expected a host list such as `node[01-16]`")
+    for first, last in re.findall(r"(\d+)-(\d+)", text):
+        if len(first) > 9 or len(last) > 9 or int(last) - int(first) >= MAX_HOSTS:
+            raise ValueError(f"found {text[:60]!r}, which names more than {MAX_HOSTS:,} hosts")
+    hosts: list[str] = []
+    try:
+        for part in re.split(r",(?![^\[]*\])", text):
+            nodes = NodeSet(part)
+            if len(nodes) + len(hosts) > MAX_HOSTS:
+                raise ValueError(f"found {text[:60]!r}, which names more than {MAX_HOSTS:,} hosts")
+            hosts.extend(nodes)
+    except NodeSetException as error:
+        raise ValueError(
+            f"found {text[:60]!r}, expected a host list such as `node[01-16]` ({error})"
+        ) from None
+    if not hosts:
+        raise ValueError(f"found {text[:60]!r}, which names no host")
+    if len(set(hosts)) != len(hosts):
+        twice = next(host for host in hosts if hosts.count(host) > 1)
+        raise ValueError(f"found {text[:60]!r}, which names the host `{twice}` twice")
+    return [check_host(host) for host in hosts]
+
+
+def fold_hosts(hosts: list[str]) -> str:
+    """Return hosts as a short host list: `node[01-16]`."""
+    return str(NodeSet.fromlist(hosts))
+
+
+def _check_host_list(text: str) -> str:
+    expand_hosts(text)
+    return text
+
+
+Name = Annotated[str, AfterValidator(check_name)]
+Host = Annotated[str, AfterValidator(check_host)]
+HostList = Annotated[str, AfterValidator(_check_host_list)]
+Device = Annotated[str, AfterValidator(check_device)]
