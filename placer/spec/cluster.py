@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -18,9 +19,9 @@ from placer.errors import nearest
 from placer.spec.base import Stated
 from placer.spec.dtypes import Dtype
 from placer.spec.gpu_types import GPU_CATALOGUE
-from placer.spec.names import Device, Host, HostList, Name, expand_hosts
+from placer.spec.names import MAX_HOSTS, Device, Host, HostList, Name, expand_hosts
 from placer.spec.reading import Document, validate
-from placer.spec.units import Bandwidth, Bytes, Flops, Seconds
+from placer.spec.units import Bandwidth, Bytes, Flops, Seconds, Whole
 
 MAX_GPUS_PER_HOST = 64
 
@@ -44,20 +45,20 @@ class HostSpec(Stated):
 
     hosts: HostList = Field(description="host list such as node[01-16]")
     gpu_type: Name = Field(description="name of a type in gpu_types, or of a built-in type")
-    gpus: int | list[int] = Field(8, description="how many GPUs, or the indices that exist")
+    gpus: Whole | list[Whole] = Field(8, description="how many GPUs, or the indices that exist")
     uuids: dict[Host, list[Device]] | list[Device] | None = Field(
         None, description="GPU UUIDs in the order of gpus; by host when hosts names several"
     )
-    unhealthy: list[int] = Field(
+    unhealthy: list[Whole] = Field(
         default_factory=list, description="GPU indices that must not be used: broken"
     )
-    reserved: list[int] = Field(
+    reserved: list[Whole] = Field(
         default_factory=list, description="GPU indices that must not be used: taken by others"
     )
     memory_taken: Bytes | dict[int, Bytes] = Field(
         0, description="memory already taken on every GPU, or by GPU index"
     )
-    numa: list[int] | None = Field(None, description="NUMA node of each GPU, in the order of gpus")
+    numa: list[Whole] | None = Field(None, description="NUMA node of each GPU, in the order of gpus")
     cpus: list[str] | None = Field(None, description="CPU list near each GPU, in the order of gpus")
     nics: list[Device | None] | None = Field(None, description="NIC of each GPU, in the order of gpus")
 
@@ -131,15 +132,26 @@ class HostSpec(Stated):
         return {hosts[0]: list(self.uuids)}
 
 
+def _above_zero(value: float | None) -> float | None:
+    if value == 0:
+        raise ValueError("found a bandwidth of 0, expected one above 0; GPUs with no link share no level")
+    return value
+
+
 class DomainSpec(Stated):
     """One named domain of a level, where the cluster is not regular."""
 
     name: Name
     hosts: HostList | None = Field(None, description="whole hosts in this domain")
-    gpus: dict[Host, list[int]] = Field(
+    gpus: dict[Host, list[Whole]] = Field(
         default_factory=dict, description="GPU indices by host, for parts of hosts"
     )
     uplink: Bandwidth | None = Field(None, description="capacity out of this domain, all its GPUs together")
+
+    @field_validator("uplink")
+    @classmethod
+    def _carries_something(cls, value: float | None) -> float | None:
+        return _above_zero(value)
 
 
 class LevelSpec(Stated):
@@ -150,12 +162,21 @@ class LevelSpec(Stated):
         description="per GPU and direction, between GPUs that first meet at this level"
     )
     latency: Seconds = Field(description="of one message between GPUs that first meet at this level")
-    gpus: int | None = Field(None, ge=1, description="GPUs per domain, for domains smaller than a host")
-    hosts: int | None = Field(None, ge=1, description="consecutive hosts per domain; 1 = the host itself")
+    gpus: Whole | None = Field(
+        None, ge=1, le=MAX_GPUS_PER_HOST, description="GPUs per domain, for domains smaller than a host"
+    )
+    hosts: Whole | None = Field(
+        None, ge=1, le=MAX_HOSTS, description="consecutive hosts per domain; 1 = the host itself"
+    )
     domains: list[DomainSpec] | None = Field(
         None, description="the domains one by one; what is left out stands alone"
     )
     uplink: Bandwidth | None = Field(None, description="capacity out of each domain, all its GPUs together")
+
+    @field_validator("bandwidth", "uplink")
+    @classmethod
+    def _carries_something(cls, value: float | None) -> float | None:
+        return _above_zero(value)
 
     @model_validator(mode="after")
     def _one_way_to_say_it(self) -> LevelSpec:
@@ -289,6 +310,7 @@ class _Builder:
     def build(self) -> Cluster:
         types, type_number = self._types()
         hosts: list[str] = []
+        seen: set[str] = set()
         columns: dict[str, list[Any]] = {
             name: []
             for name in ("host_of", "index", "type_of", "usable", "taken", "uuid", "numa", "cpus", "nic")
@@ -302,8 +324,13 @@ class _Builder:
                 )
             uuids = group.uuids_by_host()
             for host in expand_hosts(group.hosts):
-                if host in hosts:
+                if host in seen:
                     raise self._error(("hosts", number, "hosts"), f"names the host `{host}` a second time")
+                if len(hosts) == MAX_HOSTS:
+                    raise self._error(
+                        ("hosts", number, "hosts"), f"brings the cluster to more than {MAX_HOSTS:,} hosts"
+                    )
+                seen.add(host)
                 hosts.append(host)
                 for position, gpu in enumerate(group.indices):
                     taken = group.memory_taken
@@ -319,7 +346,7 @@ class _Builder:
                     columns["nic"].append(group.nics[position] if group.nics else None)
         known_uuids = [uuid for uuid in columns["uuid"] if uuid]
         if len(set(known_uuids)) != len(known_uuids):
-            twice = next(uuid for uuid in known_uuids if known_uuids.count(uuid) > 1)
+            twice = next(first for first, second in pairwise(sorted(known_uuids)) if first == second)
             raise self._error(("hosts",), f"names the UUID `{twice}` twice")
         host_of = np.array(columns["host_of"], dtype=np.int64)
         index = np.array(columns["index"], dtype=np.int64)
@@ -367,7 +394,7 @@ class _Builder:
         memory = stated.memory or (base.memory_bytes if base else None)
         bandwidth = stated.memory_bandwidth or (base.memory_bandwidth if base else None)
         peak: dict[str, float] = dict(base.peak_flops) if base else {}
-        peak.update(stated.peak)
+        peak |= {str(dtype): value for dtype, value in stated.peak.items()}
         for key, value in (("memory", memory), ("memory_bandwidth", bandwidth), ("peak", peak)):
             if not value:
                 raise self._error(
@@ -455,6 +482,9 @@ class _Builder:
             (hosts[host], int(gpu)): place
             for place, (host, gpu) in enumerate(zip(host_of, index, strict=True))
         }
+        on_host: dict[str, list[int]] = {host: [] for host in hosts}
+        for (name, _), spot in by_gpu.items():
+            on_host[name].append(spot)
         domain_of = np.full(len(host_of), -1, dtype=np.int64)
         names: list[str] = []
         uplinks: list[float] = []
@@ -462,12 +492,12 @@ class _Builder:
             path = ("levels", number, "domains", position)
             members: list[int] = []
             for host in expand_hosts(domain.hosts) if domain.hosts else []:
-                if host not in hosts:
+                if host not in on_host:
                     raise self._error(
                         (*path, "hosts"),
                         f"names the host `{host}`, which this cluster has not{nearest(host, hosts)}",
                     )
-                members.extend(np.flatnonzero(host_of == hosts.index(host)).tolist())
+                members.extend(on_host[host])
             for host, indices in domain.gpus.items():
                 for gpu in indices:
                     if (host, gpu) not in by_gpu:
@@ -491,10 +521,12 @@ class _Builder:
         return names, domain_of, np.array(uplinks)
 
     def _check_nested(self, number: int, inner: Level, outer: NDArray[np.int64]) -> None:
-        for domain in range(len(inner.domain_names)):
-            parents = np.unique(outer[inner.domain_of == domain])
-            if len(parents) > 1:
-                raise self._error(
-                    ("levels", number),
-                    f"splits the domain `{inner.domain_names[domain]}` of the level `{inner.name}` inside it; domains must form a tree",
-                )
+        # The parent of each inner domain, as some member has it: a member that has another is split off.
+        parent = np.zeros(len(inner.domain_names), dtype=np.int64)
+        parent[inner.domain_of] = outer
+        split = inner.domain_of[parent[inner.domain_of] != outer]
+        if len(split):
+            raise self._error(
+                ("levels", number),
+                f"splits the domain `{inner.domain_names[split[0]]}` of the level `{inner.name}` inside it; domains must form a tree",
+            )

@@ -302,8 +302,12 @@ def parse_layer_numbers(text: str) -> list[int]:
         for part in text.replace(" ", "").split(","):
             span, _, step = part.partition(":")
             first, dash, last = span.partition("-")
-            numbers.extend(range(int(first), int(last if dash else first) + 1, int(step or 1)))
-            if len(numbers) > MAX_LAYERS or int(last or 0) > MAX_LAYERS:
+            start, end = int(first), int(last if dash else first)
+            # Checked before anything is built from it: `0-999999999` must not fill the memory.
+            if max(start, end) > MAX_LAYERS:
+                raise ValueError
+            numbers.extend(range(start, end + 1, int(step or 1)))
+            if len(numbers) > MAX_LAYERS:
                 raise ValueError
     except ValueError:
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated
 
 from ClusterShell.NodeSet import NodeSet, NodeSetException
@@ -45,15 +46,14 @@ def check_device(name: str) -> str:
 
 
 def expand_hosts(text: str) -> list[str]:
-    """Return the hosts of a host list such as `node[01-16],login1`, in the order written.
+    """Return the hosts of a host list such as `node[01-16],login1`, in the order written, ascending in brackets.
 
     Raises ValueError when the list does not parse, holds no host, repeats one, or names more than 20,000.
     """
     if len(text) > 10_000 or not _RANGE.fullmatch(text):
         raise ValueError(f"found {text[:60]!r}, expected a host list such as `node[01-16]`")
-    for first, last in re.findall(r"(\d+)-(\d+)", text):
-        if len(first) > 9 or len(last) > 9 or int(last) - int(first) >= MAX_HOSTS:
-            raise ValueError(f"found {text[:60]!r}, which names more than {MAX_HOSTS:,} hosts")
+    for bracket in re.findall(r"\[([^\[\]]*)\]", text):
+        _check_bracket(bracket, text)
     hosts: list[str] = []
     try:
         for part in re.split(r",(?![^\[]*\])", text):
@@ -68,9 +68,26 @@ def expand_hosts(text: str) -> list[str]:
     if not hosts:
         raise ValueError(f"found {text[:60]!r}, which names no host")
     if len(set(hosts)) != len(hosts):
-        twice = next(host for host in hosts if hosts.count(host) > 1)
+        twice = next(first for first, second in pairwise(sorted(hosts)) if first == second)
         raise ValueError(f"found {text[:60]!r}, which names the host `{twice}` twice")
     return [check_host(host) for host in hosts]
+
+
+def _check_bracket(bracket: str, text: str) -> None:
+    """Refuse what ClusterShell would unfold at length or merge in silence: vast ranges, and overlaps."""
+    ranges: list[tuple[int, int]] = []
+    for piece in bracket.split(","):
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", piece)
+        if match is None:
+            return
+        first, last = match.group(1), match.group(2) or match.group(1)
+        if len(first) > 9 or len(last) > 9 or int(last) - int(first) >= MAX_HOSTS:
+            raise ValueError(f"found {text[:60]!r}, which names more than {MAX_HOSTS:,} hosts")
+        ranges.append((int(first), int(last)))
+    ranges.sort()
+    for (_, last_number), (first_number, _) in pairwise(ranges):
+        if first_number <= last_number:
+            raise ValueError(f"found {text[:60]!r}, which names the number {first_number} twice in a bracket")
 
 
 def fold_hosts(hosts: list[str]) -> str:

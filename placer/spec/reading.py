@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import tomllib
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.error import ReusedAnchorWarning, YAMLError
 from ruamel.yaml.events import AliasEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
 
 from placer.errors import InputError, nearest
 
@@ -61,18 +63,25 @@ def format_key(path: KeyPath) -> str:
     """Return `hosts[2].gpus` for `("hosts", 2, "gpus")`."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+        word = f"[{part}]" if isinstance(part, int) else _printable(part)
+        text += word if isinstance(part, int) or not text else f".{word}"
     return text
 
 
-def read_document(path: str | Path) -> Document:
+def _printable(text: str) -> str:
+    """Return `text` with control characters and lone surrogates escaped, and cut after 80 characters."""
+    text = text if len(text) <= 80 else f"{text[:77]}..."
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def read_document(path: str | Path, limit: int = MAX_FILE_BYTES) -> Document:
     """Read a YAML, TOML or JSON file, chosen by its ending.
 
-    Raises InputError when the file cannot be read, is not UTF-8, is larger than 4 MiB, nests deeper than 40
+    Raises InputError when the file cannot be read, is not UTF-8, is larger than `limit` bytes, nests deeper than 40
     levels, repeats a key, uses an alias, or does not parse.
     """
     path = Path(path)
-    text = read_text(path)
+    text = read_text(path, limit)
     digest = hashlib.sha256(text.encode()).hexdigest()
     readers = {".yaml": _read_yaml, ".yml": _read_yaml, ".toml": _read_toml, ".json": _read_json}
     if path.suffix.lower() not in readers:
@@ -117,65 +126,146 @@ def validate(model: type[Model], document: Document, data: Any = None, at: KeyPa
     try:
         return model.model_validate(document.data if data is None else data)
     except ValidationError as error:
-        raise _first_error(error, model, document, at) from None
+        raise _first_error(error, model, document, data, at) from None
 
 
 def _first_error(
-    error: ValidationError, model: type[BaseModel], document: Document, at: KeyPath
+    error: ValidationError, model: type[BaseModel], document: Document, data: Any, at: KeyPath
 ) -> InputError:
     details = error.errors(include_url=False)
+    root = _at(document.data, at) if data is None else data
+    paths = [_clean(item["loc"], root, item["type"] == "missing") for item in details]
     # The deepest error is the one in the branch of a union that the user meant.
-    first = max(
-        details,
-        key=lambda item: (
-            _in_document(at + _clean(item["loc"], document, at), document),
-            -details.index(item),
-        ),
-    )
-    path = at + _clean(first["loc"], document, at)
+    deepest = max(_depth(path, root) for path in paths)
+    chosen = next(number for number, path in enumerate(paths) if _depth(path, root) == deepest)
+    first, path, kind = details[chosen], at + paths[chosen], details[chosen]["type"]
     found = first.get("input")
-    kind = first["type"]
     if kind == "extra_forbidden":
         known = _known_keys(model, first["loc"][:-1])
-        hint = nearest(str(path[-1]), known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
-        return document.error(path, f"unknown key `{path[-1]}`{hint}")
+        name = str(path[-1])
+        hint = nearest(name, known) or (f"; known keys: {', '.join(sorted(known))}" if known else "")
+        return document.error(path, f"unknown key `{_printable(name)}`{hint}")
     if kind == "missing":
         return document.error(path[:-1], f"the key `{path[-1]}` is missing")
-    if kind in ("value_error", "assertion_error"):
-        return document.error(path, str(first.get("ctx", {}).get("error", first["msg"])))
+    if kind == "union_tag_not_found":
+        return document.error(path, f"the key `{_unquote(first, 'discriminator')}` is missing")
+    if kind == "union_tag_invalid":
+        tag, names = str(first["ctx"]["tag"]), _quoted(first, "expected_tags")
+        path += (_unquote(first, "discriminator"),)
+        expected = f"one of {', '.join(f'`{name}`' for name in names)}"
+        return document.error(path, f"found {_show(tag)}, expected {expected}{nearest(tag, names)}")
+    # Several errors in one place are the branches of a union: what any of them takes would have done.
+    here = [item for item, other in zip(details, paths, strict=True) if at + other == path]
+    said = next((item for item in here if item["type"] in ("value_error", "assertion_error")), None)
+    if said is not None:
+        message = str(said.get("ctx", {}).get("error", said["msg"]))
+        # A rule over a whole mapping names the key it is about; the place is that key.
+        about = re.match(r"`(\w+)` ", message)
+        value = _at(root, path[len(at) :])
+        if about and isinstance(value, Mapping) and about.group(1) in value:
+            path += (about.group(1),)
+        others = [_expected(item, model) for item in here if item is not said]
+        return document.error(path, " or ".join(dict.fromkeys([message, *others])))
+    expected = " or ".join(dict.fromkeys(_expected(item, model) for item in here))
+    hint = ""
     if kind in ("literal_error", "enum"):
-        expected = str(first.get("ctx", {}).get("expected", ""))
-        names = re.findall(r"'([^']*)'", expected)
-        return document.error(path, f"found {_show(found)}, expected {expected}{nearest(str(found), names)}")
-    return document.error(path, f"found {_show(found)}, expected {_expected(first['msg'])}")
+        hint = nearest(str(found), _quoted(first, "expected"))
+    if not path and found is None:
+        return document.error(path, f"is empty, expected {expected}")
+    return document.error(path, f"found {_show(found)}, expected {expected}{hint}")
 
 
-def _in_document(path: KeyPath, document: Document) -> int:
-    return sum(path[: length + 1] in document.lines for length in range(len(path)))
+def _quoted(error: Any, key: str) -> list[str]:
+    """Return the names that pydantic put in quotes in one entry of an error's context."""
+    return re.findall(r"'([^']*)'", str(error.get("ctx", {}).get(key, "")))
 
 
-def _clean(location: Sequence[str | int], document: Document, at: KeyPath) -> KeyPath:
-    """Drop the names of union branches that pydantic puts among the keys."""
+def _unquote(error: Any, key: str) -> str:
+    return str(error.get("ctx", {}).get(key, "")).strip("'")
+
+
+def _at(data: Any, path: Sequence[str | int]) -> Any:
+    """Return what stands at `path`, or None where nothing does."""
+    for part in path:
+        if not _holds(data, part):
+            return None
+        data = data[part]
+    return data
+
+
+def _holds(data: Any, part: str | int) -> bool:
+    if isinstance(data, Mapping):
+        return part in data
+    return isinstance(data, list) and isinstance(part, int) and 0 <= part < len(data)
+
+
+def _depth(path: KeyPath, data: Any) -> int:
+    """Return how many keys of `path` a person wrote."""
+    for depth, part in enumerate(path):
+        if not _holds(data, part):
+            return depth
+        data = data[part]
+    return len(path)
+
+
+def _clean(location: Sequence[str | int], data: Any, missing: bool) -> KeyPath:
+    """Drop what pydantic puts among the keys and nobody wrote: union branches, tags and `[key]`.
+
+    A missing key is the one thing that ends a location, does not stand in `data`, and is kept.
+    """
     path: KeyPath = ()
-    for index, part in enumerate(location):
-        last = index == len(location) - 1
-        if at + path + (part,) in document.lines or not document.lines or (last and not _is_branch(part)):
+    for part in location:
+        if _holds(data, part):
             path += (part,)
-    return path
+            data = data[part]
+    return (*path, location[-1]) if missing else path
 
 
-def _is_branch(part: str | int) -> bool:
-    return isinstance(part, str) and bool(
-        re.search(r"[\[\](){}-]|^[A-Z]|^(int|str|float|bool|list|dict)$", part)
-    )
+_EXPECTED = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "`true` or `false`",
+    "string": "text",
+    "list": "a list",
+    "tuple": "a list",
+    "dict": "a mapping of names to values",
+    "mapping": "a mapping of names to values",
+    "none": "nothing",
+    "finite": "a finite number",
+}
 
 
-def _expected(message: str) -> str:
-    message = re.sub(r"^Input should be ", "", message)
-    return re.sub(r"^(a )?valid ", "a valid ", message)
+def _expected(item: Any, model: type[BaseModel]) -> str:
+    """Return in words what one pydantic error asks for."""
+    kind, limits = str(item["type"]), item.get("ctx", {})
+    if kind in ("model_type", "model_attributes_type", "dataclass_type"):
+        known = _known_keys(model, item["loc"])
+        return f"a mapping with keys such as {', '.join(sorted(known))}" if known else "a mapping"
+    if kind in ("literal_error", "enum"):
+        return str(limits.get("expected", "")).replace("'", "`")
+    sizes = {
+        "greater_than_equal": ("a number of at least {ge}",),
+        "greater_than": ("a number above {gt}",),
+        "less_than_equal": ("a number of at most {le}",),
+        "less_than": ("a number below {lt}",),
+        "too_short": ("at least {min_length} of them",),
+        "too_long": ("at most {max_length} of them",),
+        "string_too_short": ("text of at least {min_length} characters",),
+        "string_too_long": ("text of at most {max_length} characters",),
+    }
+    if kind in sizes:
+        return sizes[kind][0].format(**limits)
+    return _EXPECTED.get(kind.split("_")[0], re.sub(r"^Input should be (a )?(valid )?", "", str(item["msg"])))
 
 
 def _show(value: object) -> str:
+    """Return a value as a person would have written it, 60 characters at most."""
+    if value is None or isinstance(value, bool):
+        return "nothing" if value is None else str(value).lower()
+    if isinstance(value, int) and abs(value) >= 10**40:
+        return "a number of more than 40 digits"
+    if isinstance(value, dict | list) and not value:
+        return "an empty mapping" if isinstance(value, dict) else "an empty list"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -235,13 +325,25 @@ def _read_yaml(text: str, file: str) -> tuple[Any, dict[KeyPath, int]]:
     yaml.Composer = _StrictComposer
     lines: dict[KeyPath, int] = {}
     try:
-        node = yaml.compose(text)
+        with warnings.catch_warnings():
+            # An anchor that nothing refers to is harmless, and so is a second one of its name.
+            warnings.simplefilter("ignore", ReusedAnchorWarning)
+            node = yaml.compose(text)
         data = None if node is None else _build(node, (), lines, yaml)
     except _Refused as refused:
         raise InputError(refused.message, file=file, line=refused.line) from None
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1 if isinstance(error.position, int) else None
+        raise InputError(
+            f"holds the control character 0x{ord(text[error.position]):02x}, which YAML does not allow",
+            file=file,
+            line=line,
+        ) from None
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         problem = getattr(error, "problem", None) or getattr(error, "context", None) or "cannot be read"
+        if problem == "but found another document":
+            problem = "holds a second document, expected one"
         raise InputError(
             f"is not YAML: {str(problem).splitlines()[0]}", file=file, line=mark.line + 1 if mark else None
         ) from None
@@ -252,6 +354,8 @@ def _read_yaml(text: str, file: str) -> tuple[Any, dict[KeyPath, int]]:
 
 def _build(node: Node, path: KeyPath, lines: dict[KeyPath, int], yaml: YAML) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
+    if not isinstance(node, ScalarNode) and str(node.ctag) not in _COLLECTION_TAGS:
+        raise _Refused(node.start_mark.line + 1, f"uses the tag `{node.ctag}`, which is not accepted")
     if isinstance(node, MappingNode):
         result: dict[str | int, Any] = {}
         for key_node, value_node in node.value:
@@ -262,7 +366,7 @@ def _build(node: Node, path: KeyPath, lines: dict[KeyPath, int], yaml: YAML) -> 
             if isinstance(key, bool | float) or key is None:
                 key = key_node.value
             if key in result:
-                raise _Refused(line, f"repeats the key `{key}`")
+                raise _Refused(line, f"repeats the key `{_printable(str(key))}`")
             lines[(*path, key)] = line
             result[key] = _build(value_node, (*path, key), lines, yaml)
         return result
@@ -271,6 +375,7 @@ def _build(node: Node, path: KeyPath, lines: dict[KeyPath, int], yaml: YAML) -> 
     return _scalar(node, yaml)
 
 
+_COLLECTION_TAGS = {"tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"}
 _SCALAR_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "timestamp")}
 
 
@@ -282,14 +387,29 @@ def _scalar(node: Any, yaml: YAML) -> Any:
         return node.value
     if len(node.value) > 400:
         raise _Refused(node.start_mark.line + 1, "has a number of more than 400 characters")
-    return yaml.constructor.construct_object(node, deep=True)
+    try:
+        return yaml.constructor.construct_object(node, deep=True)
+    except (ValueError, KeyError):
+        raise _Refused(
+            node.start_mark.line + 1, f"found `{_printable(node.value)}` under the tag `{tag}`"
+        ) from None
+
+
+_LONG_TOML_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAX_DEPTH}}}""")
 
 
 def _read_toml(text: str, file: str) -> tuple[Any, dict[KeyPath, int]]:
+    if (long := _LONG_TOML_KEY.search(text)) is not None:
+        # The standard reader takes time and memory by the square of a dotted key's length.
+        start = text.count("\n", 0, long.start()) + 1
+        raise InputError(f"nests deeper than {MAX_DEPTH} levels", file=file, line=start)
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise InputError(f"is not TOML: {error}", file=file) from None
+        place = re.search(r" \(at line (\d+), column \d+\)$", str(error))
+        message = str(error)[: place.start()] if place else str(error)
+        line = int(place.group(1)) if place else None
+        raise InputError(f"is not TOML: {message}", file=file, line=line) from None
     _check_depth(data, file)
     return data, {}
 
@@ -298,9 +418,9 @@ def _read_json(text: str, file: str) -> tuple[Any, dict[KeyPath, int]]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            repeated = next(key for key in keys if keys.count(key) > 1)
-            raise InputError(f"repeats the key `{repeated}`", file=file)
+            seen: set[str] = set()
+            repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+            raise InputError(f"repeats the key `{_printable(repeated)}`", file=file)
         return result
 
     def refuse_constant(name: str) -> Any:
@@ -310,8 +430,8 @@ def _read_json(text: str, file: str) -> tuple[Any, dict[KeyPath, int]]:
         data = json.loads(text, object_pairs_hook=refuse_duplicates, parse_constant=refuse_constant)
     except json.JSONDecodeError as error:
         raise InputError(f"is not JSON: {error.msg}", file=file, line=error.lineno) from None
-    except ValueError as error:
-        raise InputError(f"is not JSON: {error}", file=file) from None
+    except ValueError:
+        raise InputError("holds a number of more than 4300 digits", file=file) from None
     _check_depth(data, file)
     return data, {}
 

@@ -16,6 +16,9 @@ from pydantic import BeforeValidator, WithJsonSchema
 _SI = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 _BINARY = {"Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30, "Ti": 2.0**40, "Pi": 2.0**50}
 
+#: A thousand times the largest size still fits a 64-bit integer.
+MAX_BYTES = 2**50
+
 BYTE_UNITS = {f"{prefix}B": factor for prefix, factor in {**_SI, **_BINARY}.items()}
 BANDWIDTH_UNITS = {f"{prefix}B/s": factor for prefix, factor in {**_SI, **_BINARY}.items()} | {
     f"{prefix}{bit}": factor / 8 for prefix, factor in _SI.items() for bit in ("b/s", "bit/s", "bps")
@@ -23,7 +26,7 @@ BANDWIDTH_UNITS = {f"{prefix}B/s": factor for prefix, factor in {**_SI, **_BINAR
 TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
 FLOPS_UNITS = {f"{prefix}{name}": factor for prefix, factor in _SI.items() for name in ("FLOP/s", "FLOPS")}
 
-_QUANTITY = re.compile(r"\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*(\S.*?)?\s*")
+_QUANTITY = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*(\S.*?)?\s*")
 
 
 def parse_quantity(value: object, units: Mapping[str, float], what: str, example: str) -> float:
@@ -46,8 +49,7 @@ def parse_quantity(value: object, units: Mapping[str, float], what: str, example
             f"found the bare number {value!r}, expected {what} with its unit, such as `{example}`"
         )
     if unit not in units:
-        lower = {name.lower(): name for name in units}
-        hint = f", did you mean `{lower[unit.lower()]}`?" if unit.lower() in lower else ""
+        hint = _unit_hint(unit, units)
         raise ValueError(
             f"found {value!r} with the unknown unit `{unit}`{hint}; expected {what} such as `{example}`"
         )
@@ -57,9 +59,25 @@ def parse_quantity(value: object, units: Mapping[str, float], what: str, example
     return result
 
 
+def _unit_hint(unit: str, units: Mapping[str, float]) -> str:
+    """Return `, did you mean `GB/s` or `Gb/s`?`: every unit of the same letters, for case tells bits from bytes."""
+
+    def letters(name: str) -> str:
+        return re.sub(r"(bps|bit/s)$", "b/s", name.lower())
+
+    alike: dict[float, str] = {}
+    for name, factor in units.items():
+        if letters(name) == letters(unit):
+            alike.setdefault(factor, name)
+    return f", did you mean {' or '.join(f'`{name}`' for name in alike.values())}?" if alike else ""
+
+
 def parse_bytes(value: object) -> int:
-    """Return a size in bytes, rounded to the nearest byte."""
-    return round(parse_quantity(value, BYTE_UNITS, "a size", "80 GiB"))
+    """Return a size in bytes, rounded to the nearest byte; what a 64-bit count cannot hold is refused."""
+    size = round(parse_quantity(value, BYTE_UNITS, "a size", "80 GiB"))
+    if size >= MAX_BYTES:
+        raise ValueError(f"found {value!r}, expected a size below 1 PiB, such as `80 GiB`")
+    return size
 
 
 def parse_bandwidth(value: object) -> float:
@@ -81,13 +99,18 @@ def parse_fraction(value: object) -> float:
     """Return a share between 0 and 1 from `0.1` or `"10 %"`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"found {value!r}, expected a share such as `0.1` or `10 %`")
-    if isinstance(value, str):
-        result = parse_quantity(value, {"%": 0.01}, "a share", "10 %")
-    else:
-        result = float(value)
+    percent = isinstance(value, str)
+    result = parse_quantity(value, {"%": 0.01}, "a share", "10 %") if percent else float(value)
     if not 0 <= result <= 1:
         raise ValueError(f"found {value!r}, expected a share between 0 and 1")
     return result
+
+
+def parse_whole(value: object) -> object:
+    """Return `value` for pydantic to read as an integer; `true` and `false` are refused, which it would take."""
+    if isinstance(value, bool):
+        raise ValueError(f"found {str(value).lower()}, expected a whole number")
+    return value
 
 
 def _pydantic(parse: Callable[[object], Any], example: str) -> tuple[Any, ...]:
@@ -97,6 +120,7 @@ def _pydantic(parse: Callable[[object], Any], example: str) -> tuple[Any, ...]:
     )
 
 
+Whole = Annotated[int, BeforeValidator(parse_whole)]
 Bytes = Annotated[int, *_pydantic(parse_bytes, "80 GiB")]
 Bandwidth = Annotated[float, *_pydantic(parse_bandwidth, "400 Gb/s")]
 Seconds = Annotated[float, *_pydantic(parse_time, "3 us")]
@@ -105,26 +129,27 @@ Fraction = Annotated[float, *_pydantic(parse_fraction, "10 %")]
 
 
 def format_bytes(value: float) -> str:
-    """Return `value` bytes for a person, in binary units: `79.6 GiB`."""
-    for unit in ("GiB", "MiB", "KiB"):
-        if abs(value) >= BYTE_UNITS[unit]:
-            return f"{value / BYTE_UNITS[unit]:,.1f} {unit}"
-    return f"{value:,.0f} B"
+    """Return `value` bytes for a person, in binary units: `79.6 GiB`. `parse_bytes` reads it back."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        # A rack's memory is easier to compare with a GPU's in GiB, so TiB begin at ten.
+        if abs(value) >= BYTE_UNITS[unit] * (10 if unit == "TiB" else 1):
+            return f"{value / BYTE_UNITS[unit]:.1f} {unit}"
+    return f"{value:.0f} B"
 
 
 def format_bandwidth(value: float) -> str:
-    """Return `value` bytes per second for a person: `50 GB/s`."""
-    for unit in ("GB/s", "MB/s", "kB/s"):
-        if abs(value) >= BANDWIDTH_UNITS[unit]:
-            return f"{value / BANDWIDTH_UNITS[unit]:,.4g} {unit}"
-    return f"{value:,.4g} B/s"
+    """Return `value` bytes per second for a person: `50 GB/s`. `parse_bandwidth` reads it back."""
+    for unit in ("TB/s", "GB/s", "MB/s", "kB/s"):
+        if abs(value) >= BANDWIDTH_UNITS[unit] * (10 if unit == "TB/s" else 1):
+            return f"{value / BANDWIDTH_UNITS[unit]:.4g} {unit}"
+    return f"{value:.4g} B/s"
 
 
 def format_time(value: float) -> str:
-    """Return `value` seconds for a person: `12.41 ms`."""
+    """Return `value` seconds for a person: `12.41 ms`. `parse_time` reads it back."""
     if value == 0:
         return "0 s"
     for unit in ("s", "ms", "us"):
         if abs(value) >= TIME_UNITS[unit]:
-            return f"{value / TIME_UNITS[unit]:,.4g} {unit}"
-    return f"{value / 1e-9:,.4g} ns"
+            return f"{value / TIME_UNITS[unit]:.4g} {unit}"
+    return f"{value / 1e-9:.4g} ns"

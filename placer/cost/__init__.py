@@ -1,0 +1,1 @@
+"""Modelled latency and memory: compute, collectives, memory, latency, and the constants behind them."""

@@ -1,0 +1,166 @@
+"""The rank table `ranks.tsv` and the wrapper `bind.sh`: any launcher that numbers its processes can start these."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from placer.errors import ExportError, InputError
+from placer.launchers.base import (
+    EmittedFile,
+    Launcher,
+    Options,
+    in_rank_order,
+    plain,
+    ranks_by_host,
+    render_template,
+    short_names_clash,
+)
+from placer.placement import Placement
+from placer.spec.names import check_device, check_host
+
+COLUMNS = ("rank", "host", "gpu", "uuid", "cpus", "nic", "stage", "dp", "tp", "ep", "etp", "edp")
+NOTHING = "-"
+
+_HEADER = re.compile(r"# placer (\S+) placement ([0-9a-f]{64})")
+_CPUS = re.compile(r"[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*")
+_NUMBERS = ("rank", "gpu", "stage", "dp", "tp", "ep", "etp", "edp")
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """One line of `ranks.tsv`; None where the file says `-`."""
+
+    rank: int
+    host: str
+    gpu: int
+    uuid: str | None
+    cpus: str | None
+    nic: str | None
+    stage: int
+    dp: int
+    tp: int
+    ep: int
+    etp: int
+    edp: int
+
+
+def rank_rows(placement: Placement, options: Options) -> list[RankRow]:
+    """Return every rank in order, with the CPUs and the NIC the cluster of the options names for its GPU.
+
+    Raises ExportError when that cluster has not the GPU, or names CPUs or a NIC in a form no tool takes.
+    """
+    rows: list[RankRow] = []
+    for record in in_rank_order(placement):
+        cpus = nic = None
+        if options.cluster is not None:
+            gpu = options.cluster.number.get((record.host, record.gpu))
+            if gpu is None:
+                raise ExportError(
+                    f"rank {record.rank} is on GPU {record.host}/{record.gpu}, which the cluster "
+                    f"{options.cluster.name} has not"
+                )
+            cpus, nic = options.cluster.cpus[gpu], options.cluster.nic[gpu]
+        if cpus is not None and not _CPUS.fullmatch(cpus):
+            raise ExportError(
+                f"found the CPUs {cpus[:60]!r} for GPU {record.host}/{record.gpu}, expected a list such as `0-47,96-143`"
+            )
+        if nic is not None:
+            try:
+                check_device(nic)
+            except ValueError as error:
+                raise ExportError(
+                    f"the NIC of GPU {record.host}/{record.gpu} cannot be used: {error}"
+                ) from None
+        rows.append(
+            RankRow(
+                rank=record.rank,
+                host=record.host,
+                gpu=record.gpu,
+                uuid=record.uuid,
+                cpus=cpus,
+                nic=nic,
+                stage=record.stage,
+                dp=record.dp,
+                tp=record.tp,
+                ep=record.ep,
+                etp=record.etp,
+                edp=record.edp,
+            )
+        )
+    return rows
+
+
+def dump_ranks(placement: Placement, rows: list[RankRow]) -> str:
+    """Return the text of `ranks.tsv`: a comment with the digest, the column names, a line for each rank."""
+    lines = [f"# placer {plain(placement.placer)} placement {placement.digest()}", "\t".join(COLUMNS)]
+    for row in rows:
+        values = (getattr(row, column) for column in COLUMNS)
+        lines.append("\t".join(NOTHING if value is None else plain(value) for value in values))
+    return "\n".join([*lines, ""])
+
+
+def parse_ranks(text: str) -> tuple[str, list[RankRow]]:
+    """Return the placement digest and the rows of a `ranks.tsv`; raise InputError for anything else."""
+    lines = text.split("\n")
+    header = _HEADER.fullmatch(lines[0])
+    if not header:
+        raise InputError("expected `# placer VERSION placement DIGEST`", file="ranks.tsv", line=1)
+    if len(lines) < 3 or tuple(lines[1].split("\t")) != COLUMNS or lines[-1]:
+        raise InputError(f"expected the columns {', '.join(COLUMNS)}", file="ranks.tsv", line=2)
+    return header.group(2), [_row(line, number) for number, line in enumerate(lines[2:-1], start=3)]
+
+
+def _row(line: str, number: int) -> RankRow:
+    values = dict(zip(COLUMNS, line.split("\t"), strict=False))
+    if len(values) != len(COLUMNS) or line.count("\t") != len(COLUMNS) - 1:
+        raise InputError(f"expected {len(COLUMNS)} columns", file="ranks.tsv", line=number)
+    for name in _NUMBERS:
+        if not re.fullmatch(r"[0-9]{1,9}", values[name]):
+            raise InputError(
+                f"found {values[name][:40]!r}, expected a whole number",
+                file="ranks.tsv",
+                key=name,
+                line=number,
+            )
+    texts = {name: None if values[name] == NOTHING else values[name] for name in ("uuid", "cpus", "nic")}
+    try:
+        host = check_host(values["host"])
+    except ValueError as error:
+        raise InputError(str(error), file="ranks.tsv", key="host", line=number) from None
+    return RankRow(host=host, **texts, **{name: int(values[name]) for name in _NUMBERS})  # type: ignore[arg-type]
+
+
+def wrapper_files(placement: Placement, options: Options) -> dict[str, EmittedFile]:
+    """Return `ranks.tsv` and `bind.sh`, for this launcher and for those that start the wrapper."""
+    rows = rank_rows(placement, options)
+    table = EmittedFile(dump_ranks(placement, rows))
+    script = render_template(
+        "bind.sh.j2",
+        version=placement.placer,
+        digest=placement.digest(),
+        table_sha256=table.sha256,
+        ranks=len(rows),
+        exact=short_names_clash(ranks_by_host(placement)),
+        command=options.command,
+        master_addr=options.master(placement),
+        master_port=options.master_port,
+    )
+    return {"ranks.tsv": table, "bind.sh": EmittedFile(script, executable=True)}
+
+
+class Ranks(Launcher):
+    """A table of ranks and a wrapper that binds each process by its rank."""
+
+    name = "ranks"
+    summary = (
+        "rank table and bind.sh, a wrapper that gives each rank its GPU, CPUs and NIC under any launcher"
+    )
+
+    def cannot(self, placement: Placement) -> str | None:
+        """Return None: a table takes any map."""
+        return None
+
+    def render(self, placement: Placement, options: Options) -> dict[str, EmittedFile]:
+        """Return `ranks.tsv` and `bind.sh`."""
+        return wrapper_files(placement, options)

@@ -1,0 +1,300 @@
+"""The answer as data: which rank is on which GPU, which layers in which stage, which expert in which slot.
+
+`Plan` is the decisions alone, as arrays, for the cost model and the solver. `Placement` is the file: the plan with
+its names, its modelled latency and memory, its certificate and the digests of what it was made from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from placer.errors import ExportError, InputError
+from placer.problem import Problem
+from placer.spec.base import Stated
+from placer.spec.names import Device, Host, Name
+from placer.spec.reading import Document, read_document, validate
+from placer.strategy import Shape, Strategy
+
+FORMAT = "placer placement"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One pipeline stage: layers `first` up to but without `last`, its degrees, and the GPU of each of its ranks.
+
+    `gpus` is (ranks of the stage,) GPU numbers of the cluster, in rank order.
+    """
+
+    first: int
+    last: int
+    shape: Shape
+    gpus: NDArray[np.int64]
+
+    @property
+    def layers(self) -> range:
+        """The layer numbers of the stage."""
+        return range(self.first, self.last)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every decision. `experts[layer]` is (ep, slots per EP rank) expert numbers; the same in every EDP copy."""
+
+    stages: tuple[StagePlan, ...]
+    experts: dict[int, NDArray[np.int64]]
+
+    @property
+    def strategy(self) -> Strategy:
+        """The degrees of every stage."""
+        return Strategy(tuple(stage.shape for stage in self.stages))
+
+    @property
+    def gpus(self) -> NDArray[np.int64]:
+        """(ranks,) GPU numbers in rank order over all stages."""
+        return np.concatenate([stage.gpus for stage in self.stages])
+
+
+class StageRecord(Stated):
+    """One stage as the file tells it; `layers` is [first, one past the last]."""
+
+    layers: tuple[int, int]
+    tp: int = Field(ge=1)
+    dp: int = Field(ge=1)
+    ep: int = Field(ge=1)
+    etp: int = Field(ge=1)
+
+
+class StrategyRecord(Stated):
+    """The strategy as the file tells it."""
+
+    name: str
+    stages: list[StageRecord] = Field(min_length=1)
+
+
+class RankRecord(Stated):
+    """One rank: where it is, and its coordinates in both views of its stage."""
+
+    rank: int = Field(ge=0)
+    host: Host
+    gpu: int = Field(ge=0)
+    uuid: Device | None = None
+    stage: int = Field(ge=0)
+    dp: int = Field(ge=0)
+    tp: int = Field(ge=0)
+    ep: int = Field(ge=0)
+    etp: int = Field(ge=0)
+    edp: int = Field(ge=0)
+
+
+class LatencyRecord(Stated):
+    """Modelled time of one step of a scenario, and its terms, which sum to it."""
+
+    total_s: float
+    terms: dict[str, float]
+
+
+class MemoryRecord(Stated):
+    """Bytes a rank fills, by part, against its limit."""
+
+    rank: int
+    bytes: int
+    limit_bytes: int
+    parts: dict[str, int]
+
+
+class PartRecord(Stated):
+    """One part of the certificate: what was bounded, how, and by how much."""
+
+    name: str
+    bound_s: float | None = None
+    objective_s: float | None = None
+    note: str = ""
+
+
+class Certificate(Stated):
+    """What was proven: the objective is at most `gap` above any placement of the problem under the cost model."""
+
+    objective_s: float
+    bound_s: float
+    gap: float
+    status: Literal["optimal", "feasible"]
+    candidates: int
+    cut_short: bool = Field(False, description="the clock or a Ctrl-C ended the search early")
+    parts: list[PartRecord] = Field(default_factory=list)
+
+
+class Placement(Stated):
+    """A placement file."""
+
+    format: Literal["placer placement"] = "placer placement"
+    version: Literal[1] = 1
+    placer: str
+    problem: Name
+    model: Name
+    cluster: Name
+    seed: int
+    digests: dict[str, str]
+    strategy: StrategyRecord
+    ranks: list[RankRecord] = Field(min_length=1)
+    experts: dict[int, list[list[int]]]
+    latency: dict[str, LatencyRecord]
+    memory: list[MemoryRecord]
+    certificate: Certificate
+    notes: list[str] = Field(default_factory=list)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the decisions alone: stages, ranks, experts."""
+        decisions = self.model_dump(mode="json", include={"strategy", "ranks", "experts"})
+        return hashlib.sha256(json.dumps(decisions, sort_keys=True).encode()).hexdigest()
+
+
+def rank_records(problem: Problem, plan: Plan) -> list[RankRecord]:
+    """Return every rank of a plan with its names and coordinates."""
+    cluster = problem.cluster
+    records: list[RankRecord] = []
+    for number, stage in enumerate(plan.stages):
+        coordinates = stage.shape.coordinates()
+        for local, gpu in enumerate(stage.gpus.tolist()):
+            records.append(
+                RankRecord(
+                    rank=len(records),
+                    host=cluster.hosts[cluster.host_of[gpu]],
+                    gpu=int(cluster.index[gpu]),
+                    uuid=cluster.uuid[gpu],
+                    stage=number,
+                    **{name: int(values[local]) for name, values in coordinates.items()},
+                )
+            )
+    return records
+
+
+def strategy_record(plan: Plan) -> StrategyRecord:
+    """Return the strategy of a plan as the file tells it."""
+    stages = [
+        StageRecord(
+            layers=(stage.first, stage.last),
+            tp=stage.shape.tp,
+            dp=stage.shape.dp,
+            ep=stage.shape.ep,
+            etp=stage.shape.etp,
+        )
+        for stage in plan.stages
+    ]
+    return StrategyRecord(name=plan.strategy.name(), stages=stages)
+
+
+def expert_records(plan: Plan) -> dict[int, list[list[int]]]:
+    """Return the experts of a plan as the file tells them."""
+    return {layer: slots.tolist() for layer, slots in sorted(plan.experts.items())}
+
+
+def plan_of(placement: Placement, problem: Problem) -> Plan:
+    """Return the decisions of a placement file as a plan.
+
+    Raises ValueError, in words, when the file names a GPU the cluster has not or its ranks do not fill its stages;
+    `verify` reports what is wrong in full.
+    """
+    numbers = []
+    for record in sorted(placement.ranks, key=lambda record: record.rank):
+        if (record.host, record.gpu) not in problem.cluster.number:
+            raise ValueError(
+                f"rank {record.rank} is on {record.host}/{record.gpu}, which the cluster has not"
+            )
+        numbers.append(problem.cluster.number[record.host, record.gpu])
+    stages: list[StagePlan] = []
+    start = 0
+    for record_of_stage in placement.strategy.stages:
+        shape = Shape(
+            tp=record_of_stage.tp, dp=record_of_stage.dp, ep=record_of_stage.ep, etp=record_of_stage.etp
+        )
+        gpus = np.array(numbers[start : start + shape.ranks], dtype=np.int64)
+        if len(gpus) != shape.ranks:
+            raise ValueError(
+                f"the stages need {start + shape.ranks} ranks or more, but {len(numbers)} are listed"
+            )
+        stages.append(StagePlan(*record_of_stage.layers, shape, gpus))
+        start += shape.ranks
+    experts = {layer: np.array(rows, dtype=np.int64) for layer, rows in placement.experts.items()}
+    return Plan(tuple(stages), experts)
+
+
+def load_placement(path: str | Path) -> Placement:
+    """Read a placement file; raise InputError when it is not one."""
+    document = read_placement_document(path)
+    data = document.data
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise InputError(f"is not a placement file: it has no `format: {FORMAT}`", file=str(path))
+    if data.get("version") != FORMAT_VERSION:
+        raise InputError(
+            f"has the format version {data.get('version')!r}, expected {FORMAT_VERSION}",
+            file=str(path),
+            key="version",
+        )
+    return validate(Placement, document)
+
+
+def read_placement_document(path: str | Path) -> Document:
+    """Read a placement file as plain data; it may be larger than what a person writes."""
+    return read_document(path, limit=512 * 2**20)
+
+
+def save_placement(placement: Placement, path: str | Path) -> None:
+    """Write a placement file, complete or not at all."""
+    write_text(path, dump_json(placement.model_dump(mode="json")))
+
+
+def dump_json(data: Any) -> str:
+    """Return JSON with one line for each rank, layer and record: small, and readable in a diff."""
+    lines = ["{"]
+    items = list(data.items())
+    for position, (key, value) in enumerate(items):
+        comma = "," if position < len(items) - 1 else ""
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            rows = ",\n".join(f"  {json.dumps(row)}" for row in value)
+            lines.append(f" {json.dumps(key)}: [\n{rows}\n ]{comma}")
+        elif isinstance(value, dict) and value:
+            rows = ",\n".join(f"  {json.dumps(str(name))}: {json.dumps(row)}" for name, row in value.items())
+            lines.append(f" {json.dumps(key)}: {{\n{rows}\n }}{comma}")
+        else:
+            lines.append(f" {json.dumps(key)}: {json.dumps(value)}{comma}")
+    return "\n".join([*lines, "}", ""])
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file through a temporary one beside it, so that a killed run leaves the old file or the new one.
+
+    Raises ExportError when the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        descriptor, temporary = tempfile.mkstemp(
+            dir=path.parent or Path(), prefix=f".{path.name}.", suffix=".tmp"
+        )
+    except OSError as error:
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from None
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except OSError as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,250 @@
+"""A problem ready to solve: the files read, checked against each other and turned into arrays."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.errors import InputError, nearest
+from placer.importers.huggingface import import_model
+from placer.importers.routing import read_expert_loads, zipf_loads
+from placer.spec.cluster import Cluster, load_cluster
+from placer.spec.model import ModelCard, load_model
+from placer.spec.problem import ProblemFile
+from placer.spec.reading import Document, read_document, validate
+from placer.spec.requirements import Requirements
+from placer.spec.workload import LoadFile, Scenario, normalised
+from placer.strategy import Shape, StrategyRequest, shape_problem
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Everything a placement is made from.
+
+    `loads` is (scenarios, layers, experts): the share of a layer's routed tokens that each expert gets, rows of dense
+    layers zero. `digests` names the SHA-256 of every input.
+    """
+
+    name: str
+    file: str
+    cluster: Cluster
+    model: ModelCard
+    scenarios: tuple[Scenario, ...]
+    loads: NDArray[np.float64]
+    request: StrategyRequest
+    requirements: Requirements
+    digests: dict[str, str] = field(default_factory=dict)
+    generated_loads: tuple[str, ...] = ()
+
+    @cached_property
+    def weights(self) -> NDArray[np.float64]:
+        """(scenarios,) weights in the objective; they sum to 1."""
+        raw = np.array([scenario.weight for scenario in self.scenarios])
+        return np.asarray(raw / raw.sum())
+
+    @property
+    def slots(self) -> int:
+        """Expert slots of one MoE layer: experts + redundant copies; 0 in a dense model."""
+        return self.model.moe.experts + self.requirements.redundant_experts if self.model.moe else 0
+
+    @cached_property
+    def allowed(self) -> NDArray[np.bool_]:
+        """(gpus,) whether a rank may be put on the GPU: usable and not excluded."""
+        allowed = self.cluster.usable.copy()
+        for host, indices in self.requirements.exclude.items():
+            for index in indices:
+                allowed[self.cluster.number[host, index]] = False
+        return allowed
+
+    @cached_property
+    def memory_limit(self) -> NDArray[np.int64]:
+        """(gpus,) bytes a rank may fill: memory less the reserve and what is taken already, never below 0."""
+        reserve = self.requirements.memory_reserve
+        limit = (
+            np.floor(self.cluster.memory_bytes * (1 - reserve)).astype(np.int64) - self.cluster.memory_taken
+        )
+        return np.maximum(limit, 0)
+
+    @property
+    def gpu_budget(self) -> int:
+        """The most GPUs a placement may use."""
+        free = int(self.allowed.sum())
+        return min(free, self.requirements.max_gpus or free)
+
+    def level_number(self, name: str) -> int:
+        """Return the number of the level called `name`."""
+        return [level.name for level in self.cluster.levels].index(name)
+
+    def with_request(self, request: StrategyRequest) -> Problem:
+        """Return the same problem under another strategy request."""
+        return replace(self, request=request)
+
+
+def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
+    """Read a problem file and every file it names.
+
+    `strategy` overrides what the file says of it. Raises InputError with the file, key path and line of what is wrong.
+    """
+    document = read_document(path)
+    spec = validate(ProblemFile, document)
+    digests = {"problem": document.digest}
+    cluster = _cluster(spec, document, digests)
+    model = _model(spec, document, digests)
+    _check_references(spec, document, cluster)
+    loads, generated = _loads(spec, document, model, digests)
+    request = _request(spec.strategy if strategy is None else strategy, document, strategy is not None)
+    problem = Problem(
+        name=spec.name or Path(path).stem,
+        file=str(path),
+        cluster=cluster,
+        model=model,
+        scenarios=tuple(spec.workload.scenarios),
+        loads=loads,
+        request=request,
+        requirements=spec.requirements,
+        digests=digests,
+        generated_loads=generated,
+    )
+    _check_request(problem, document)
+    return problem
+
+
+def _cluster(spec: ProblemFile, document: Document, digests: dict[str, str]) -> Cluster:
+    if isinstance(spec.cluster, dict):
+        return load_cluster(document, spec.cluster, ("cluster",))
+    part = read_document(_beside(document, spec.cluster, ("cluster",)))
+    digests["cluster"] = part.digest
+    return load_cluster(part)
+
+
+def _model(spec: ProblemFile, document: Document, digests: dict[str, str]) -> ModelCard:
+    if isinstance(spec.model, dict):
+        return load_model(document, spec.model, ("model",))
+    path = _beside(document, spec.model, ("model",))
+    part = read_document(path)
+    digests["model"] = part.digest
+    if isinstance(part.data, dict) and "groups" not in part.data and path.suffix == ".json":
+        return import_model(path)
+    return load_model(part)
+
+
+def _beside(document: Document, name: str, at: tuple[str, ...]) -> Path:
+    if not name or len(name) > 4096 or "\x00" in name or "\n" in name:
+        raise document.error(at, f"found {name[:60]!r}, expected a path")
+    path = document.folder / name
+    if not path.exists():
+        raise document.error(at, f"names `{name}`, but there is no file `{path}`")
+    return path
+
+
+def _check_references(spec: ProblemFile, document: Document, cluster: Cluster) -> None:
+    levels = [level.name for level in cluster.levels]
+    for key in ("tp_within", "ep_within"):
+        name = getattr(spec.requirements, key)
+        if name is not None and name not in levels:
+            raise document.error(
+                ("requirements", key),
+                f"names the level `{name}`; the cluster has {', '.join(levels)}{nearest(name, levels)}",
+            )
+    for host, indices in spec.requirements.exclude.items():
+        if host not in cluster.hosts:
+            hint = nearest(host, cluster.hosts)
+            raise document.error(
+                ("requirements", "exclude", host), f"names the host `{host}`, which the cluster has not{hint}"
+            )
+        for index in indices:
+            if (host, index) not in cluster.number:
+                raise document.error(
+                    ("requirements", "exclude", host),
+                    f"names GPU {index} of `{host}`, which the cluster has not",
+                )
+    scenarios = [scenario.name for scenario in spec.workload.scenarios]
+    for name in spec.requirements.max_step:
+        if name not in scenarios:
+            raise document.error(
+                ("requirements", "max_step", name),
+                f"names the scenario `{name}`, which the workload has not{nearest(name, scenarios)}",
+            )
+
+
+def _loads(
+    spec: ProblemFile, document: Document, model: ModelCard, digests: dict[str, str]
+) -> tuple[NDArray[np.float64], tuple[str, ...]]:
+    experts = model.moe.experts if model.moe else 0
+    result = np.zeros((len(spec.workload.scenarios), model.layer_count, experts))
+    if model.moe is None:
+        return result, ()
+    moe_layers = list(model.moe_layers)
+    generated: list[str] = []
+    for number, scenario in enumerate(spec.workload.scenarios):
+        at = ("workload", "scenarios", number, "expert_loads")
+        stated = scenario.expert_loads
+        if stated is None:
+            result[number, moe_layers] = 1.0 / experts
+        elif isinstance(stated, LoadFile):
+            path = _beside(document, stated.file, at)  # type: ignore[arg-type]
+            digests[f"expert_loads of {scenario.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+            counts = read_expert_loads(path, layers=model.layer_count, experts=experts)
+            silent = [layer for layer in moe_layers if counts[layer].sum() <= 0]
+            if silent:
+                raise document.error(
+                    at, f"has no tokens at layer {silent[0]}, which is an MoE layer of {model.name}"
+                )
+            result[number, moe_layers] = normalised(counts)[moe_layers]
+        else:
+            generated.append(scenario.name)
+            result[number] = normalised(
+                zipf_loads(
+                    model.layer_count, experts, skew=stated.skew, seed=stated.seed, moe_layers=moe_layers
+                )
+            )
+    return result, tuple(generated)
+
+
+def _request(stated: Any, document: Document, overridden: bool) -> StrategyRequest:
+    if isinstance(stated, str) or (overridden and not isinstance(stated, dict)):
+        try:
+            return StrategyRequest.model_validate(stated)
+        except ValueError as error:
+            details = getattr(error, "errors", lambda **_: [])(include_url=False)
+            message = (
+                str(details[0].get("ctx", {}).get("error", details[0]["msg"])) if details else str(error)
+            )
+            if overridden:
+                raise InputError(message, key="--strategy") from None
+            raise document.error(("strategy",), message) from None
+    return validate(StrategyRequest, document, stated, ("strategy",))
+
+
+def _check_request(problem: Problem, document: Document) -> None:
+    request = problem.request
+    if request.stages is None:
+        return
+    model, slots = problem.model, problem.slots
+    stated = [stage.layers for stage in request.stages]
+    fixed = sum(count or 0 for count in stated)
+    if fixed > model.layer_count or (None not in stated and fixed != model.layer_count):
+        raise document.error(
+            ("strategy", "stages"),
+            f"give {fixed} layers to the stages, but {model.name} has {model.layer_count}",
+        )
+    for number, stage in enumerate(request.stages):
+        shape = stage.shape()
+        # A stage without layers holds the embedding or the head only, so experts do not limit its shape.
+        reason = (
+            shape_problem(model, shape, slots) if stage.layers != 0 else _vocabulary_problem(model, shape)
+        )
+        if reason:
+            raise document.error(("strategy", "stages", number), reason)
+
+
+def _vocabulary_problem(model: ModelCard, shape: Shape) -> str | None:
+    if shape.ep_group > 1:
+        return "a stage without layers has no experts, so ep and etp must be 1"
+    return None if shape.tp <= model.vocabulary else f"tp {shape.tp} is larger than the vocabulary"

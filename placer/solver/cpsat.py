@@ -1,0 +1,98 @@
+"""The only caller of CP-SAT: its parameters, its time, and what its words may be trusted for.
+
+Parameters follow what was measured on OR-Tools 9.15: `presolve_inclusion_work_limit=0` guards against a known false
+OPTIMAL (google/or-tools 5293), `keep_symmetry_in_presolve` against complete hints that presolve drops, and an
+interleaved search against answers that change from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from placer.errors import SolverError
+from placer.solver.clock import Clock
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
+
+NANOSECONDS = 1e9
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a solve came to. `bound` is the solver's own; `values` looks up a variable, None without a solution."""
+
+    status: str
+    objective: float | None
+    bound: float
+    solver: cp_model.CpSolver
+
+    @property
+    def found(self) -> bool:
+        """Whether there is a solution."""
+        return self.objective is not None
+
+    @property
+    def infeasible(self) -> bool:
+        """Whether the solver says that there is none; to be confirmed before anyone is told."""
+        return self.status == "INFEASIBLE"
+
+
+def ns(seconds: float) -> int:
+    """Return a time as whole nanoseconds, rounded down, so that a bound stays a bound."""
+    return int(seconds * NANOSECONDS)
+
+
+def solve(
+    model: cp_model.CpModel,
+    clock: Clock,
+    *,
+    seconds: float,
+    work: float,
+    workers: int = 1,
+    seed: int = 0,
+    gap: float = 0.0,
+) -> Answer:
+    """Solve a model within `seconds` on the clock and `work` deterministic units; raise SolverError if it is invalid.
+
+    With more than one worker the search is interleaved, which gives the same answer in every run.
+    """
+    from ortools.sat.python import cp_model
+
+    problem = model.validate()
+    if problem:
+        raise SolverError(f"the model handed to CP-SAT is invalid: {problem}")
+    solver = cp_model.CpSolver()
+    parameters = solver.parameters
+    parameters.num_workers = max(1, workers)
+    parameters.interleave_search = workers > 1
+    parameters.random_seed = seed % 2**31
+    parameters.max_deterministic_time = work
+    parameters.max_time_in_seconds = max(0.01, min(seconds, clock.left()))
+    parameters.presolve_inclusion_work_limit = 0
+    parameters.keep_symmetry_in_presolve = True
+    parameters.relative_gap_limit = gap
+    parameters.catch_sigint_signal = False
+    before = clock.elapsed
+    status = solver.solve(model, _Stop(clock) if clock.limit < 1e8 else None)
+    if clock.elapsed - before >= 0.98 * parameters.max_time_in_seconds:
+        clock.cut_short = True
+    name = solver.status_name(status)
+    if name == "MODEL_INVALID":
+        raise SolverError("CP-SAT calls the model invalid")
+    found = name in ("OPTIMAL", "FEASIBLE")
+    return Answer(name, solver.objective_value if found else None, solver.best_objective_bound, solver)
+
+
+def _Stop(clock: Clock) -> cp_model.CpSolverSolutionCallback:
+    from ortools.sat.python import cp_model
+
+    class Stop(cp_model.CpSolverSolutionCallback):
+        """Stops the search at the next solution after Ctrl-C."""
+
+        def on_solution_callback(self) -> None:
+            if clock.interrupted:
+                self.stop_search()
+
+    return Stop()

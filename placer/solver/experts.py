@@ -1,0 +1,479 @@
+"""Experts to slots: copies per expert and slot per copy, for all scenarios at once, layer by layer.
+
+Layers do not share anything once slots per EP rank are equal, so all layers of a stage are improved side by side in
+numpy. Start: copies to the expert with most load per copy, then heaviest copy first onto the cheapest rank. Improve:
+pairwise swaps out of the rank that sets a term. Then CP-SAT re-solves the rank that sets a term with two others.
+Bound: see `layer_bounds`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.cost.latency import ExpertForms, active_probability, rank_loads
+from placer.solver import cpsat
+from placer.solver.clock import Clock
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """The MoE layers of one stage that share their forms.
+
+    `loads` is (scenarios, layers, experts) shares of routed tokens; `forms`, `weights` and `tokens` have one entry for
+    each scenario; `weights` are those of the objective. Every EP rank has `slots_per_rank` slots.
+    """
+
+    loads: Floats
+    forms: tuple[ExpertForms, ...]
+    weights: Floats
+    tokens: tuple[float, ...]
+    top_k: int
+    ep: int
+    slots_per_rank: int
+
+    @property
+    def layers(self) -> int:
+        """How many layers."""
+        return self.loads.shape[1]
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return self.loads.shape[2]
+
+    @property
+    def slots(self) -> int:
+        """Slots of a layer."""
+        return self.ep * self.slots_per_rank
+
+
+def objective(task: ExpertTask, slots: Ints) -> Floats:
+    """Return (layers,) weighted expert time of `slots` (layers, ep, slots per rank), in seconds."""
+    total = np.zeros(len(slots))
+    for number, forms in enumerate(task.forms):
+        share, active = rank_loads(slots, task.loads[number], task.tokens[number], task.top_k)
+        total += task.weights[number] * sum(forms.times(share, active).values())
+    return total
+
+
+def choose_copies(task: ExpertTask) -> Ints:
+    """Return (layers, experts) copies: one each, the rest one by one to the expert with most load per copy.
+
+    The load that counts is the largest over scenarios beside the weighted mean, half and half: an expert that is hot
+    in one workload only needs its copy as well. No expert gets more copies than there are ranks.
+    """
+    weights = task.weights / task.weights.sum()
+    heat = 0.5 * np.tensordot(weights, task.loads, axes=1) + 0.5 * task.loads.max(axis=0)
+    copies = np.ones((task.layers, task.experts), dtype=np.int64)
+    rows = np.arange(task.layers)
+    for _ in range(task.slots - task.experts):
+        per_copy = np.where(copies < task.ep, heat / copies, -1.0)
+        copies[rows, per_copy.argmax(axis=1)] += 1
+    return copies
+
+
+def start(task: ExpertTask) -> Ints:
+    """Return (layers, ep, slots per rank): heaviest copy first onto the rank where it costs least and is not yet."""
+    copies = choose_copies(task)
+    state = _State.empty(task, copies)
+    for place in range(task.slots):
+        state.put_next(place)
+    return state.slots()
+
+
+def improve(task: ExpertTask, slots: Ints, clock: Clock, rounds: int, keep: float = 0.0) -> Ints:
+    """Return slots improved by swaps, at most `rounds` on each layer, until no swap helps or time is up."""
+    state = _State.of(task, slots)
+    active = np.ones(task.layers, dtype=bool)
+    for step in range(rounds):
+        if step % 8 == 0 and clock.over(keep):
+            break
+        layers = np.flatnonzero(active)
+        if len(layers) == 0:
+            break
+        active[layers] = state.swap(layers)
+    return state.slots()
+
+
+class _State:
+    """Slots of all layers with the loads of every rank, kept up to date through puts and swaps.
+
+    A slot has `2 * scenarios` values: its share of routed tokens and its chance to be active, for each scenario.
+    """
+
+    def __init__(self, task: ExpertTask, expert: Ints, values: Floats, rank: Ints) -> None:
+        self.task, self.expert, self.values, self.rank = task, expert, values, rank
+        self.rows = np.arange(task.layers)
+        scenarios = len(task.forms)
+        self.share, self.active = slice(0, scenarios), slice(scenarios, 2 * scenarios)
+        # (layers, ep, values) loads, (layers, ep) filled slots, (layers, ep, experts) presence
+        self.load = np.zeros((task.layers, task.ep, 2 * scenarios))
+        self.filled = np.zeros((task.layers, task.ep), dtype=np.int64)
+        self.present = np.zeros((task.layers, task.ep, task.experts), dtype=np.int16)
+        placed = rank >= 0
+        layer, slot = np.nonzero(placed)
+        np.add.at(self.load, (layer, rank[layer, slot]), values[layer, slot])
+        np.add.at(self.filled, (layer, rank[layer, slot]), 1)
+        np.add.at(self.present, (layer, rank[layer, slot], expert[layer, slot]), 1)
+        forms = task.forms
+        self.weight = task.weights
+        self.start = np.stack([form.start for form in forms])
+        self.by_row = np.stack([form.by_row for form in forms])
+        self.activation = np.stack([form.activation for form in forms])
+        self.by_expert = np.stack([form.by_expert for form in forms])
+        self.floors = (
+            np.stack([form.dispatch_floor for form in forms]),
+            np.stack([form.combine_floor for form in forms]),
+        )
+        self.rates = (
+            np.stack([form.dispatch_rate for form in forms]),
+            np.stack([form.combine_rate for form in forms]),
+        )
+        self.etp_rate = np.array([form.etp_rate for form in forms])
+        self.uniform = all(bool((rate == rate[:, :1]).all()) for rate in (*self.rates, *self.floors))
+
+    @classmethod
+    def empty(cls, task: ExpertTask, copies: Ints) -> _State:
+        expert, values = _slot_values(task, copies)
+        return cls(task, expert, values, np.full_like(expert, -1))
+
+    @classmethod
+    def of(cls, task: ExpertTask, slots: Ints) -> _State:
+        flat = slots.reshape(task.layers, -1)
+        copies = np.zeros((task.layers, task.experts), dtype=np.int64)
+        np.add.at(copies, (np.arange(task.layers)[:, None], flat), 1)
+        values = _values_of(task, copies)
+        rank = np.tile(np.repeat(np.arange(task.ep), task.slots_per_rank), (task.layers, 1))
+        return cls(task, flat.copy(), values[np.arange(task.layers)[:, None], flat], rank)
+
+    def slots(self) -> Ints:
+        """Return (layers, ep, slots per rank), experts of a rank in ascending order."""
+        order = np.lexsort((self.expert, self.rank), axis=1)
+        flat = np.take_along_axis(self.expert, order, axis=1)
+        return flat.reshape(self.task.layers, self.task.ep, self.task.slots_per_rank)
+
+    def put_next(self, place: int) -> None:
+        """Put slot number `place` of every layer on the rank whose load it raises least, among ranks with room."""
+        task = self.task
+        expert, values = self.expert[:, place], self.values[:, place]
+        costs = self._rank_costs(self.load + values[:, None, :])
+        full = self.filled >= task.slots_per_rank
+        twice = self.present[self.rows, :, expert] > 0
+        costs = costs + np.where(full, np.inf, 0.0) + np.where(twice, 1e6, 0.0)
+        rank = costs.argmin(axis=1)
+        self.rank[:, place] = rank
+        self.load[self.rows, rank] += values
+        self.filled[self.rows, rank] += 1
+        self.present[self.rows, rank, expert] += 1
+
+    def _rank_costs(self, load: Floats) -> Floats:
+        """Return (layers, ep) weighted time each rank would set by itself."""
+        share, active = load[..., self.share], load[..., self.active]
+        total = np.zeros(load.shape[:-1])
+        for number, weight in enumerate(self.weight):
+            total += weight * self._terms(number, share[..., number], active[..., number]).sum(axis=-1)
+        return total
+
+    def _terms(self, number: int, share: Floats, active: Floats, ranks: Ints | None = None) -> Floats:
+        """Return (..., 4) terms that each rank sets in one scenario; `ranks` picks the ranks of the last axis."""
+        pick = slice(None) if ranks is None else ranks
+        by_bytes = self.activation[number][pick] * share + self.by_expert[number][pick] * active
+        return np.stack(
+            [
+                self.start[number][pick] + np.maximum(self.by_row[number][pick] * share, by_bytes),
+                np.maximum(self.floors[0][number][pick], self.rates[0][number][pick] * share),
+                np.maximum(self.floors[1][number][pick], self.rates[1][number][pick] * share),
+                self.etp_rate[number] * share,
+            ],
+            axis=-1,
+        )
+
+    def swap(self, layers: Ints) -> NDArray[np.bool_]:
+        """Make the best swap out of a rank that sets a term, on each of `layers`; return which layers got better.
+
+        For every layer the ranks that set the largest weighted terms of each scenario are tried against all other
+        slots. The new objective of a swap of ranks r and s is exact: each term is the maximum of what r and s then
+        set and of the largest that any third rank sets.
+        """
+        scenarios = len(self.weight)
+        load = self.load[layers]
+        terms = (
+            np.stack(
+                [self._terms(n, load[..., n], load[..., scenarios + n]) for n in range(scenarios)], axis=-2
+            )
+            * self.weight[:, None]
+        )
+        # terms: (layers, ep, scenarios, 4) -> (layers, ep, terms)
+        terms = terms.reshape(len(layers), self.task.ep, -1)
+        now = terms.max(axis=1).sum(axis=1)
+        improved = np.zeros(len(layers), dtype=bool)
+        for hot in self._hot_ranks(terms):
+            todo = np.flatnonzero(~improved)
+            if len(todo) == 0:
+                break
+            improved[todo] = self._swap_from(layers[todo], hot[todo], terms[todo], now[todo])
+        return improved
+
+    def _hot_ranks(self, terms: Floats) -> list[Ints]:
+        """Return (layers,) ranks to take load off, in the order to try: by how far a term stands above its mean."""
+        excess = terms - terms.mean(axis=1, keepdims=True)
+        first = excess.sum(axis=2).argmax(axis=1)
+        setter = terms.argmax(axis=1)
+        weight = excess.max(axis=1)
+        order = np.argsort(-weight, axis=1, kind="stable")
+        tries = [first]
+        for position in range(min(2, order.shape[1])):
+            tries.append(setter[np.arange(len(terms)), order[:, position]])
+        return tries
+
+    def _swap_from(self, layers: Ints, hot: Ints, terms: Floats, now: Floats) -> NDArray[np.bool_]:
+        task, scenarios = self.task, len(self.weight)
+        count = len(layers)
+        index = np.arange(count)
+        rank = self.rank[layers]
+        mine = np.argsort(rank != hot[:, None], axis=1, kind="stable")[:, : task.slots_per_rank]
+        values = self.values[layers]
+        # (layers, mine, slots, values): what the hot rank gains when its slot goes out and the other comes in
+        delta = values[:, None, :, :] - values[index[:, None], mine][:, :, None, :]
+        load = self.load[layers]
+        hot_load = load[index, hot][:, None, None, :] + delta
+        other_load = load[index[:, None], rank][:, None, :, :] - delta
+        third = self._third_largest(terms, hot, rank)
+        hot_ranks = np.broadcast_to(hot[:, None, None], hot_load.shape[:3])
+        other_ranks = np.broadcast_to(rank[:, None, :], hot_load.shape[:3])
+        total = np.zeros(hot_load.shape[:3])
+        for n in range(scenarios):
+            of_hot = self._terms(n, hot_load[..., n], hot_load[..., scenarios + n], hot_ranks)
+            of_other = self._terms(n, other_load[..., n], other_load[..., scenarios + n], other_ranks)
+            larger = np.maximum(of_hot, of_other) * self.weight[n]
+            rest = third[:, :, 4 * n : 4 * n + 4][:, None, :, :]
+            total += np.maximum(larger, rest).sum(axis=-1)
+        expert = self.expert[layers]
+        mine_expert = expert[index[:, None], mine]
+        forbidden = rank[:, None, :] == hot[:, None, None]
+        forbidden = forbidden | (self.present[layers][index, hot][index[:, None], expert] > 0)[:, None, :]
+        there = self.present[layers][index[:, None, None], rank[:, None, :], mine_expert[:, :, None]] > 0
+        total = np.where(forbidden | there, np.inf, total)
+        flat = total.reshape(count, -1)
+        best = flat.argmin(axis=1)
+        better = flat[index, best] < now * (1 - 1e-9)
+        for row in np.flatnonzero(better).tolist():
+            out, other = mine[row, best[row] // rank.shape[1]], best[row] % rank.shape[1]
+            self._exchange(int(layers[row]), int(out), int(other))
+        return np.asarray(better)
+
+    def _third_largest(self, terms: Floats, hot: Ints, rank: Ints) -> Floats:
+        """Return (layers, slots, terms): the largest of each term over ranks other than `hot` and the slot's own."""
+        masked = terms.copy()
+        masked[np.arange(len(terms)), hot] = -np.inf
+        if self.task.ep < 3:
+            return np.full((len(terms), rank.shape[1], terms.shape[2]), -np.inf)
+        top = np.partition(masked, -2, axis=1)[:, -2:]
+        holder = masked.argmax(axis=1)
+        is_holder = rank[:, :, None] == holder[:, None, :]
+        return np.where(is_holder, top[:, 0][:, None, :], top[:, 1][:, None, :])
+
+    def _exchange(self, layer: int, first: int, second: int) -> None:
+        ranks = self.rank[layer, first], self.rank[layer, second]
+        delta = self.values[layer, second] - self.values[layer, first]
+        self.load[layer, ranks[0]] += delta
+        self.load[layer, ranks[1]] -= delta
+        for slot, old, new in ((first, *ranks), (second, *reversed(ranks))):
+            expert = self.expert[layer, slot]
+            self.present[layer, old, expert] -= 1
+            self.present[layer, new, expert] += 1
+            self.rank[layer, slot] = new
+
+
+def _values_of(task: ExpertTask, copies: Ints) -> Floats:
+    """Return (layers, experts, 2 * scenarios): a copy's share of tokens, then its chance to be active."""
+    share = task.loads / np.maximum(copies, 1)
+    active = np.stack([active_probability(share[n], task.tokens[n], task.top_k) for n in range(len(share))])
+    return np.moveaxis(np.concatenate([share, active]), 0, -1)
+
+
+def _slot_values(task: ExpertTask, copies: Ints) -> tuple[Ints, Floats]:
+    """Return the slots in the order to place them, heaviest copy first: (layers, slots) and their values."""
+    values = _values_of(task, copies)
+    weights = np.array([w * form.by_row.mean() for w, form in zip(task.weights, task.forms, strict=True)])
+    heat = values[..., : len(weights)] @ weights
+    experts = np.stack([np.repeat(np.arange(task.experts), row) for row in copies])
+    rows = np.arange(task.layers)[:, None]
+    order = np.argsort(-heat[rows, experts], axis=1, kind="stable")
+    experts = np.take_along_axis(experts, order, axis=1)
+    return experts, values[rows, experts]
+
+
+def layer_bounds(task: ExpertTask) -> Floats:
+    """Return (layers,) lower bounds on the weighted expert time of a layer, over every choice of copies and slots.
+
+    Each term of each scenario is bounded by itself: loads that sum to 1 cannot all be below the speed-weighted mean;
+    the rank of the hottest copy carries at least that copy (and, without redundancy, the lightest experts beside it);
+    active experts are fewest with one copy each, and some rank reads at least the mean.
+    """
+    total = np.zeros(task.layers)
+    for number, form in enumerate(task.forms):
+        loads = task.loads[number]
+        hot = hottest_copy(loads, task.slots, task.ep)
+        if task.slots == task.experts:
+            hot = hot + np.sort(loads, axis=1)[:, : task.slots_per_rank - 1].sum(axis=1)
+        active = active_probability(loads, task.tokens[number], task.top_k).sum(axis=1)
+        by_row = np.maximum(_mean_bound(form.by_row), form.by_row.min() * hot)
+        by_bytes = (form.activation.min() + form.by_expert.min() * active) / task.ep
+        bound = form.start.min() + np.maximum(by_row, by_bytes)
+        for start_up, floor, rate in (
+            (form.dispatch_start, form.dispatch_floor, form.dispatch_rate),
+            (form.combine_start, form.combine_floor, form.combine_rate),
+        ):
+            bound = (
+                bound + start_up + np.maximum(floor.max(), np.maximum(_mean_bound(rate), rate.min() * hot))
+            )
+        bound = bound + form.etp_start + form.etp_rate * np.maximum(1.0 / task.ep, hot)
+        total += task.weights[number] * bound
+    return total
+
+
+def _mean_bound(rates: Floats) -> float:
+    """Return the least possible max(rate * q) over shares q that sum to 1."""
+    return 0.0 if (rates <= 0).any() else float(1.0 / (1.0 / rates).sum())
+
+
+def hottest_copy(loads: Floats, slots: int, ep: int) -> Floats:
+    """Return (layers,) the least possible load of the hottest copy: extra copies always go to the hottest one."""
+    layers, experts = loads.shape
+    copies = np.ones((layers, experts))
+    rows = np.arange(layers)
+    for _ in range(slots - experts):
+        per_copy = np.where(copies < ep, loads / copies, -1.0)
+        copies[rows, per_copy.argmax(axis=1)] += 1
+    return np.asarray((loads / copies).max(axis=1))
+
+
+def polish(
+    task: ExpertTask, slots: Ints, bounds: Floats, clock: Clock, *, seed: int, rounds: int, keep: float
+) -> Ints:
+    """Return slots improved by CP-SAT on three ranks at a time: the one that sets most, and two drawn by seed.
+
+    A layer is left alone once it is within 0.05 % of its bound, or after `rounds` tries without gain.
+    """
+    slots = slots.copy()
+    now = objective(task, slots)
+    generator = np.random.default_rng([seed, 17])
+    for layer in np.argsort(bounds / np.maximum(now, 1e-30), kind="stable").tolist():
+        failures = 0
+        while failures < rounds and now[layer] > bounds[layer] * 1.0005:
+            if clock.over(keep):
+                return slots
+            picked = _neighbourhood(task, slots[layer], layer, generator)
+            better = _resolve(task, slots[layer], layer, picked, clock, seed)
+            value = objective(_one_layer(task, layer), better[None])[0] if better is not None else np.inf
+            if better is not None and value < now[layer] * (1 - 1e-9):
+                slots[layer], now[layer], failures = better, value, 0
+            else:
+                failures += 1
+    return slots
+
+
+def _one_layer(task: ExpertTask, layer: int) -> ExpertTask:
+    return ExpertTask(
+        task.loads[:, layer : layer + 1],
+        task.forms,
+        task.weights,
+        task.tokens,
+        task.top_k,
+        task.ep,
+        task.slots_per_rank,
+    )
+
+
+def _neighbourhood(task: ExpertTask, slots: Ints, layer: int, generator: np.random.Generator) -> list[int]:
+    state = _State.of(_one_layer(task, layer), slots[None])
+    costs = state._rank_costs(state.load)[0]
+    hot = int(costs.argmax())
+    others = [rank for rank in range(task.ep) if rank != hot]
+    drawn = generator.choice(others, size=min(2, len(others)), replace=False).tolist()
+    return [hot, *sorted(drawn)]
+
+
+def _resolve(
+    task: ExpertTask, slots: Ints, layer: int, ranks: list[int], clock: Clock, seed: int
+) -> Ints | None:
+    """Return the slots of one layer with those of `ranks` dealt anew among them by CP-SAT; None when it finds none."""
+    model, assigned = slot_model(_one_layer(task, layer), slots[None], ranks)
+    answer = cpsat.solve(model, clock, seconds=2.0, work=0.1, seed=seed, gap=1e-5)
+    if not answer.found:
+        return None
+    better = slots.copy()
+    for rank in ranks:
+        better[rank] = sorted(
+            expert
+            for expert, place, literal in assigned
+            if place == rank and answer.solver.boolean_value(literal)
+        )
+    return better
+
+
+def slot_model(task: ExpertTask, slots: Ints, ranks: list[int]):  # type: ignore[no-untyped-def]
+    """Return the exact model of one layer with every slot outside `ranks` fixed, and its literals.
+
+    Literals are (expert, rank, literal): a copy of the expert is on the rank. Copies per expert stay as they are in
+    `slots` (1, ep, slots per rank). Objective in nanoseconds: the weighted sum over scenarios of the terms' maxima.
+    """
+    from ortools.sat.python import cp_model
+
+    state = _State.of(task, slots)
+    model = cp_model.CpModel()
+    experts, counts = np.unique(slots[0][ranks], return_counts=True)
+    values = {int(e): state.values[0][int(np.flatnonzero(state.expert[0] == e)[0])] for e in experts}
+    assigned = [(int(e), rank, model.new_bool_var("")) for e in experts for rank in ranks]
+    held = {(e, rank): bool((slots[0][rank] == e).any()) for e, rank, _ in assigned}
+    for e, count in zip(experts.tolist(), counts.tolist(), strict=True):
+        model.add(sum(literal for expert, _, literal in assigned if expert == e) == min(count, len(ranks)))
+    for rank in ranks:
+        model.add(sum(literal for _, place, literal in assigned if place == rank) == task.slots_per_rank)
+    for e, rank, literal in assigned:
+        model.add_hint(literal, held[e, rank])
+    scenarios = len(task.forms)
+    outside = [rank for rank in range(task.ep) if rank not in ranks]
+    objective_terms = []
+    for n in range(scenarios):
+        terms = state._terms(n, state.load[0, :, n], state.load[0, :, scenarios + n])
+        for kind in range(4):
+            scale = float(task.weights[n]) * cpsat.NANOSECONDS
+            floor = max((terms[rank, kind] for rank in outside), default=0.0) * scale
+            top = model.new_int_var(int(floor), int(terms[:, kind].max() * scale) * 3 + 1000, "")
+            model.add_hint(top, int(terms[:, kind].max() * scale) + 1)
+            objective_terms.append(top)
+            for rank in ranks:
+                for constant, per_share, per_active in _linear_forms(state, n, kind, rank):
+                    weights = [
+                        int((per_share * values[e][n] + per_active * values[e][scenarios + n]) * scale)
+                        for e, place, _ in assigned
+                        if place == rank
+                    ]
+                    literals = [literal for _, place, literal in assigned if place == rank]
+                    model.add(
+                        cp_model.LinearExpr.weighted_sum(literals, weights) + int(constant * scale) <= top
+                    )
+    model.minimize(sum(objective_terms))
+    return model, assigned
+
+
+def _linear_forms(state: _State, scenario: int, kind: int, rank: int) -> list[tuple[float, float, float]]:
+    """Return what a rank adds to a term as (constant, per share, per active expert): the term is at least each."""
+    if kind == 0:
+        start = float(state.start[scenario][rank])
+        return [
+            (start, float(state.by_row[scenario][rank]), 0.0),
+            (start, float(state.activation[scenario][rank]), float(state.by_expert[scenario][rank])),
+        ]
+    if kind == 3:
+        return [(0.0, float(state.etp_rate[scenario]), 0.0)]
+    floor, rate = state.floors[kind - 1][scenario][rank], state.rates[kind - 1][scenario][rank]
+    return [(float(floor), 0.0, 0.0), (0.0, float(rate), 0.0)]

@@ -1,0 +1,232 @@
+"""Ranks to GPUs: blocks (the groups that talk inside a layer) onto domains by counts, names at the end.
+
+A block is a TP group or a whole EP group, whichever is larger; its atoms (TP or expert-TP groups) want to sit in one
+innermost domain each. Start: the tightest region of the domain tree that holds a stage, then a block, then even counts
+over as few domains as will do. Model: CP-SAT over whole atoms per block and domain, with the spanning remainder. Bound:
+the model's own; it prices what no layout with those counts can beat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.cost.latency import CostModel
+from placer.problem import Problem
+from placer.strategy import Shape
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class StageSeat:
+    """A stage that wants GPUs: its degrees, the bytes each rank fills, and how many layers it has."""
+
+    shape: Shape
+    need: int
+    layers: tuple[int, int]
+
+
+def eligible(problem: Problem, seat: StageSeat) -> Mask:
+    """Return (gpus,) which GPUs a rank of the stage may be on: allowed, and with room."""
+    return np.asarray(problem.allowed & (problem.memory_limit >= seat.need))
+
+
+def type_choices(problem: Problem, cost: CostModel, seats: list[StageSeat]) -> Iterator[Mask]:
+    """Yield masks (gpus,) of GPU types to place on: the quickest alone where they suffice, then with the next ones.
+
+    A single slow GPU slows its whole stage, so leaving a type out is often worth more than its GPUs.
+    """
+    cluster = problem.cluster
+    ranks = sum(seat.shape.ranks for seat in seats)
+    scenarios = range(len(problem.scenarios))
+
+    def speed(number: int) -> float:
+        shape = seats[0].shape
+        return sum(
+            float(problem.weights[n]) * sum(cost.dense_terms(n, group, shape, (number,)).values())
+            for n in scenarios
+            for group in range(len(problem.model.groups))
+        )
+
+    order = sorted(range(len(cluster.types)), key=speed)
+    masks: list[Mask] = [np.isin(cluster.type_of, [number]) for number in order]
+    masks += [np.isin(cluster.type_of, order[: count + 1]) for count in range(1, len(order))]
+    for mask in masks:
+        if (mask & problem.allowed).sum() >= ranks:
+            yield mask
+
+
+def start(problem: Problem, seats: list[StageSeat], mask: Mask, *, even: bool = True) -> list[Ints] | None:
+    """Return the GPUs of every stage in rank order, or None when they do not fit this way.
+
+    Stages that need most memory choose first. `even` spreads a block evenly over its domains, otherwise domains are
+    filled one after the other.
+    """
+    free = problem.allowed & mask
+    result: list[Ints | None] = [None] * len(seats)
+    order = sorted(
+        range(len(seats)), key=lambda number: (-seats[number].need, -seats[number].shape.ranks, number)
+    )
+    for number in order:
+        seat = seats[number]
+        near = [
+            gpus
+            for gpus in (
+                result[number - 1] if number else None,
+                result[number + 1] if number + 1 < len(seats) else None,
+            )
+            if gpus is not None
+        ]
+        gpus = _place_stage(problem, seat, free & eligible(problem, seat), near, even)
+        if gpus is None:
+            return None
+        result[number] = gpus
+        free[gpus] = False
+    return [gpus for gpus in result if gpus is not None]
+
+
+def _place_stage(problem: Problem, seat: StageSeat, free: Mask, near: list[Ints], even: bool) -> Ints | None:
+    shape, requirements = seat.shape, problem.requirements
+    region = _region(problem, free, shape.ranks, near)
+    if region is None:
+        return None
+    free = free & region
+    blocks: list[Ints] = []
+    for _ in range(shape.blocks):
+        block = _place_block(problem, shape, free, requirements.tp_within, requirements.ep_within, even)
+        if block is None:
+            return None
+        blocks.append(block)
+        free = free.copy()
+        free[block] = False
+    return np.concatenate(blocks)
+
+
+def _region(
+    problem: Problem, free: Mask, ranks: int, near: list[Ints], outermost: int | None = None
+) -> Mask | None:
+    """Return the tightest domain (as a mask over GPUs) with `ranks` free GPUs, the innermost level first.
+
+    Among domains that fit equally tightly the one that already holds a neighbouring stage comes first.
+    """
+    levels = problem.cluster.levels if outermost is None else problem.cluster.levels[: outermost + 1]
+    for level in levels:
+        counts = np.bincount(level.domain_of[free], minlength=len(level.domain_names))
+        fits = np.flatnonzero(counts >= ranks)
+        if len(fits):
+            held = np.zeros(len(level.domain_names))
+            for gpus in near:
+                held += np.bincount(level.domain_of[gpus], minlength=len(held))
+            best = min(fits.tolist(), key=lambda domain: (held[domain] == 0, counts[domain], domain))
+            return np.asarray(level.domain_of == best)
+    return None
+
+
+def _place_block(
+    problem: Problem, shape: Shape, free: Mask, tp_within: str | None, ep_within: str | None, even: bool
+) -> Ints | None:
+    inner = problem.cluster.levels[0].domain_of
+    outermost = problem.level_number(ep_within) if ep_within is not None and shape.ep > 1 else None
+    if tp_within is not None and shape.tp == shape.block:
+        within = problem.level_number(tp_within)
+        outermost = within if outermost is None else min(within, outermost)
+    region = _region(problem, free, shape.block, [], outermost)
+    if region is None:
+        return None
+    free = free & region
+    capacity = np.bincount(inner[free], minlength=int(inner.max()) + 1)
+    counts = _atoms_by_domain(capacity, shape.atom, shape.block // shape.atom, even)
+    taken: list[Ints] = []
+    left = free.copy()
+    for domain in np.flatnonzero(counts).tolist():
+        members = np.flatnonzero(left & (inner == domain))[: counts[domain] * shape.atom]
+        taken.append(members)
+        left[members] = False
+    missing = shape.block // shape.atom - int(counts.sum())
+    for _ in range(missing):
+        atom = _spanning_atom(problem, shape, left, tp_within)
+        if atom is None:
+            return None
+        taken.append(atom)
+        left[atom] = False
+    return np.concatenate(taken)
+
+
+def _atoms_by_domain(capacity: Ints, atom: int, atoms: int, even: bool) -> Ints:
+    """Return how many whole atoms each domain takes: over as few domains as will do, evenly or one after the other."""
+    room = capacity // atom
+    counts = np.zeros_like(room)
+    order = sorted(np.flatnonzero(room).tolist(), key=lambda domain: (-int(room[domain]), domain))
+    held = np.cumsum([room[domain] for domain in order])
+    if len(order) == 0:
+        return counts
+    domains = order[: min(int(np.searchsorted(held, atoms)) + 1, len(order))]
+    left = min(atoms, int(held[len(domains) - 1]))
+    if not even:
+        for domain in domains:
+            counts[domain] = min(left, int(room[domain]))
+            left -= int(counts[domain])
+        return counts
+    while left:
+        open_domains = [domain for domain in domains if counts[domain] < room[domain]]
+        domain = min(open_domains, key=lambda domain: (int(counts[domain]), domains.index(domain)))
+        counts[domain] += 1
+        left -= 1
+    return counts
+
+
+def _spanning_atom(problem: Problem, shape: Shape, free: Mask, tp_within: str | None) -> Ints | None:
+    """Return GPUs for an atom that fits no single domain: from the domains with most left, as evenly as they allow."""
+    outermost = problem.level_number(tp_within) if tp_within is not None and shape.atom == shape.tp else None
+    region = _region(problem, free, shape.atom, [], outermost)
+    if region is None:
+        return None
+    inner = problem.cluster.levels[0].domain_of
+    capacity = np.bincount(inner[free & region], minlength=int(inner.max()) + 1)
+    counts = _atoms_by_domain(capacity, 1, shape.atom, even=True)
+    return np.concatenate(
+        [
+            np.flatnonzero(free & region & (inner == domain))[: counts[domain]]
+            for domain in np.flatnonzero(counts).tolist()
+        ]
+    )
+
+
+def by_counts(problem: Problem, seats: list[StageSeat], counts: list[list[Ints]]) -> list[Ints] | None:
+    """Return the GPUs of every stage from atoms per (stage, block, domain), spanning atoms from what is left.
+
+    `counts[stage][block]` is (domains,) whole atoms. None when the names cannot be filled in.
+    """
+    inner = problem.cluster.levels[0].domain_of
+    free = problem.allowed.copy()
+    chosen: list[list[list[Ints]]] = [[[] for _ in stage] for stage in counts]
+    # The neediest stages take the roomiest GPUs of a domain last, so that each finds some with room for it.
+    order = sorted(range(len(seats)), key=lambda number: (-seats[number].need, number))
+    for number in order:
+        allowed = eligible(problem, seats[number])
+        for block, by_domain in enumerate(counts[number]):
+            for domain in np.flatnonzero(by_domain).tolist():
+                members = np.flatnonzero(free & allowed & (inner == domain))
+                members = members[: by_domain[domain] * seats[number].shape.atom]
+                if len(members) < by_domain[domain] * seats[number].shape.atom:
+                    return None
+                chosen[number][block].append(members)
+                free[members] = False
+    for number in order:
+        shape = seats[number].shape
+        for block in range(len(counts[number])):
+            placed = sum(len(part) for part in chosen[number][block])
+            for _ in range((shape.block - placed) // shape.atom):
+                atom = _spanning_atom(
+                    problem, shape, free & eligible(problem, seats[number]), problem.requirements.tp_within
+                )
+                if atom is None:
+                    return None
+                chosen[number][block].append(atom)
+                free[atom] = False
+    return [np.concatenate([np.concatenate(parts) for parts in stage]) for stage in chosen]

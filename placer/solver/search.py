@@ -1,0 +1,483 @@
+"""The search over strategies: in the order of their lower bounds, with one gap over all of them.
+
+1. Every candidate strategy gets a lower bound; those that memory or counting rules out say why.
+2. Scout: candidates are built quickly, best bound first, until the next bound is not below the best answer.
+3. Refine: the best of them get the swaps, CP-SAT on their ranks and experts, and a sharper bound.
+
+Work is metered by counts, the clock is the guard; Ctrl-C keeps the best so far.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer import verify
+from placer.cost.latency import CostModel, Layout, make_layout
+from placer.errors import SolverError
+from placer.placement import Plan, StagePlan
+from placer.problem import Problem
+from placer.solver import experts, ranks, stages
+from placer.solver.bound import Ideal, StrategyBound, ideal_for, ideal_of
+from placer.solver.clock import Clock
+from placer.solver.experts import ExpertTask
+from placer.solver.ranks import StageSeat
+from placer.solver.ranks_model import solve_counts
+from placer.spec.units import format_bytes
+from placer.strategy import Strategy, enumerate_strategies
+
+Ints = NDArray[np.int64]
+
+MAX_CANDIDATES = 4000
+SCOUTS = 40
+REFINED = 6
+OPTIMAL_GAP = 1e-6
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a search may be asked at any time: seconds since the start, best value, bound, and what it is doing."""
+
+    elapsed: float
+    objective: float | None
+    bound: float | None
+    what: str
+
+
+@dataclass
+class Candidate:
+    """One strategy under search."""
+
+    strategy: Strategy
+    counts: list[int | None]
+    bound: float
+    ideals: list[Ideal]
+    plan: Plan | None = None
+    objective: float = float("inf")
+    refined: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a search came to.
+
+    `status` is `optimal` (the gap is closed), `feasible`, `infeasible` (no strategy fits, `reasons` says why, proven by
+    counting), `nothing found` (not proven infeasible) or `out of time`.
+    """
+
+    status: Literal["optimal", "feasible", "infeasible", "nothing found", "out of time"]
+    plan: Plan | None
+    objective: float | None
+    bound: float | None
+    candidates: int
+    cut_short: bool
+    reasons: list[str] = field(default_factory=list)
+    examined: list[Candidate] = field(default_factory=list)
+
+    @property
+    def gap(self) -> float | None:
+        """Return (objective - bound) / objective, over all candidate strategies."""
+        if self.objective is None or self.bound is None:
+            return None
+        return max(0.0, (self.objective - self.bound) / self.objective)
+
+
+class Search:
+    """A search over one problem."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        clock: Clock,
+        *,
+        workers: int = 2,
+        seed: int = 0,
+        report: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.problem, self.clock, self.workers, self.seed = problem, clock, workers, seed
+        self.cost = CostModel(problem)
+        self.bounds = StrategyBound(problem, self.cost)
+        self.report = report or (lambda progress: None)
+        self.refused: Counter[str] = Counter()
+        self.best: Candidate | None = None
+
+    def run(self) -> Result:
+        """Return the best placement found, its bound and its gap; or why there is none."""
+        candidates = self._candidates()
+        if not candidates:
+            return self._no_candidate()
+        self._scout(candidates)
+        self._refine(candidates)
+        bound = min(min(candidate.bound for candidate in candidates), self._best_value())
+        if self.best is None or self.best.plan is None:
+            status: Literal["out of time", "nothing found"] = (
+                "out of time" if self.clock.cut_short else "nothing found"
+            )
+            return Result(
+                status, None, None, bound, len(candidates), self.clock.cut_short, self._reasons(), candidates
+            )
+        value = self.best.objective
+        optimal = value - bound <= OPTIMAL_GAP * value
+        return Result(
+            "optimal" if optimal else "feasible",
+            self.best.plan,
+            value,
+            bound,
+            len(candidates),
+            self.clock.cut_short,
+            examined=candidates,
+        )
+
+    def _best_value(self) -> float:
+        return self.best.objective if self.best else float("inf")
+
+    def _tell(self, candidates: list[Candidate], what: str) -> None:
+        bound = min(candidate.bound for candidate in candidates) if candidates else None
+        objective = self.best.objective if self.best else None
+        self.report(Progress(self.clock.elapsed, objective, bound, what))
+
+    # 1. candidates
+
+    def _candidates(self) -> list[Candidate]:
+        problem = self.problem
+        found: list[Candidate] = []
+        strategies = enumerate_strategies(problem.model, problem.request, problem.gpu_budget, problem.slots)
+        for number, strategy in enumerate(strategies):
+            if number >= MAX_CANDIDATES:
+                raise SolverError(f"more than {MAX_CANDIDATES} strategies; fix some degrees")
+            candidate = self._candidate(strategy)
+            if candidate is not None:
+                found.append(candidate)
+            if number % 16 == 0:
+                self._tell(found, f"bounding strategy {number + 1}")
+                if self.clock.over(keep=0.5 * self.clock.limit):
+                    # What was not bounded could be better than anything: the bound over all candidates is gone.
+                    found.append(
+                        Candidate(
+                            strategy,
+                            [],
+                            0.0,
+                            [],
+                            refined=True,
+                            note="strategies after this one were not bounded",
+                        )
+                    )
+                    break
+        return sorted(found, key=lambda item: (item.bound, item.strategy.ranks, item.strategy.name()))
+
+    def _candidate(self, strategy: Strategy) -> Candidate | None:
+        problem, shapes = self.problem, strategy.stages
+        if strategy.ranks > problem.gpu_budget:
+            self.refused[f"needs {strategy.ranks} GPUs, of which {problem.gpu_budget} may be used"] += 1
+            return None
+        request = problem.request.stages
+        counts: list[int | None] = [stage.layers for stage in request] if request else [None] * len(shapes)
+        if request is None and len(shapes) == 1:
+            counts = [problem.model.layer_count]
+        if request is None and len(shapes) > problem.model.layer_count:
+            return None
+        memory = stages.StageMemory(problem, shapes)
+        limits = stages.memory_limits(problem, shapes)
+        needs = self._least_needs(memory, counts)
+        short = next((n for n, need in enumerate(needs) if need > limits[n]), None)
+        if short is not None:
+            self.refused[
+                f"needs at least {format_bytes(needs[short])} on each of {shapes[short].ranks} GPUs, "
+                f"and the roomiest {shapes[short].ranks} leave {format_bytes(limits[short])}"
+            ] += 1
+            return None
+        ideals = [ideal_for(problem, need) for need in needs]
+        costs = self.bounds.costs(shapes, ideals)
+        return Candidate(strategy, counts, self.bounds.total(costs, counts), ideals)
+
+    def _least_needs(self, memory: stages.StageMemory, counts: list[int | None]) -> list[int]:
+        """Return the fewest bytes that a rank of each stage fills over every split that `counts` allows."""
+        layers = self.problem.model.layer_count
+        starts = np.cumsum([0, *[count or 0 for count in counts]]).tolist()
+        if None not in counts:
+            return [memory.need(n, starts[n], starts[n + 1]) for n in range(len(counts))]
+        least = 0 if any(count is not None for count in counts) else 1
+        needs = []
+        for n, count in enumerate(counts):
+            length = least if count is None else count
+            needs.append(min(memory.need(n, first, first + length) for first in range(layers - length + 1)))
+        return needs
+
+    def _no_candidate(self) -> Result:
+        status: Literal["infeasible", "out of time"] = "out of time" if self.clock.cut_short else "infeasible"
+        return Result(status, None, None, None, 0, self.clock.cut_short, self._reasons())
+
+    def _reasons(self) -> list[str]:
+        if not self.refused:
+            return ["no strategy of like stages divides this model as requested"]
+        # The most telling reason is the one nearest to fitting; texts repeat over strategies, so the commonest stand first.
+        return [reason for reason, _ in self.refused.most_common(5)]
+
+    # 2. scout
+
+    def _scout(self, candidates: list[Candidate]) -> None:
+        built = 0
+        for candidate in candidates:
+            if candidate.refined or candidate.bound >= self._best_value():
+                continue
+            if built >= SCOUTS and self.best is not None:
+                break
+            # Something must come out before anything is given up for time.
+            if self.best is not None and self.clock.over(keep=0.45 * self.clock.limit):
+                break
+            if self.clock.interrupted:
+                break
+            self._build(candidate)
+            built += 1
+            self._tell(candidates, f"scouting {candidate.strategy.name()}")
+
+    def _build(self, candidate: Candidate) -> None:
+        """Give a candidate its first plan: layers to stages, ranks to GPUs, experts to slots by the quick ways."""
+        split = self._split(candidate)
+        if split is None:
+            candidate.note = "no split of the layers fits the memory"
+            self.refused["has no split of the layers that fits the memory"] += 1
+            candidate.refined = True
+            candidate.bound = float("inf") if len(candidate.strategy.stages) == 1 else candidate.bound
+            return
+        seats = self._seats(candidate, split)
+        best: tuple[float, list[Ints]] | None = None
+        for gpus in self._rank_starts(seats):
+            value = self._seat_value(seats, gpus)
+            if best is None or value < best[0] - 1e-15:
+                best = (value, gpus)
+        if best is None:
+            candidate.note = "no way to seat its ranks was found"
+            self.refused["was given no seats for its ranks by the quick ways"] += 1
+            return
+        self._offer(
+            candidate, seats, best[1], self._experts(seats, best[1], rounds=60, keep=0.4 * self.clock.limit)
+        )
+
+    def _split(self, candidate: Candidate) -> list[int] | None:
+        problem, shapes = self.problem, candidate.strategy.stages
+        costs = self.bounds.costs(shapes, candidate.ideals)
+        memory = stages.StageMemory(problem, shapes)
+        limits = stages.memory_limits(problem, shapes)
+        edges = stages.start(problem, shapes, costs, candidate.counts, memory, limits)
+        if edges is None:
+            return None
+        edges, bound = stages.improve(
+            problem, shapes, costs, candidate.counts, memory, limits, edges, self.clock, self.seed
+        )
+        candidate.bound = max(candidate.bound, bound)
+        return edges
+
+    def _seats(self, candidate: Candidate, edges: list[int]) -> list[StageSeat]:
+        shapes = candidate.strategy.stages
+        memory = stages.StageMemory(self.problem, shapes)
+        return [
+            StageSeat(shape, memory.need(n, edges[n], edges[n + 1]), (edges[n], edges[n + 1]))
+            for n, shape in enumerate(shapes)
+        ]
+
+    def _rank_starts(self, seats: list[StageSeat]) -> list[list[Ints]]:
+        found = []
+        for mask in ranks.type_choices(self.problem, self.cost, seats):
+            for even in (True, False):
+                gpus = ranks.start(self.problem, seats, mask, even=even)
+                if gpus is not None and self._allowed(seats, gpus):
+                    found.append(gpus)
+        return found
+
+    def _allowed(self, seats: list[StageSeat], gpus: list[Ints]) -> bool:
+        """Whether seats keep the requirements on where groups sit."""
+        requirements, levels = self.problem.requirements, self.problem.cluster.levels
+        for seat, row in zip(seats, gpus, strict=True):
+            groups = []
+            if requirements.tp_within is not None:
+                groups.append(
+                    (self.problem.level_number(requirements.tp_within), row.reshape(-1, seat.shape.tp))
+                )
+            if requirements.ep_within is not None:
+                groups.append(
+                    (self.problem.level_number(requirements.ep_within), row.reshape(-1, seat.shape.ep_group))
+                )
+            for level, members in groups:
+                domain = levels[level].domain_of[members]
+                if (domain != domain[:, :1]).any():
+                    return False
+        return True
+
+    def _seat_value(self, seats: list[StageSeat], gpus: list[Ints]) -> float:
+        """Return the objective with expert terms at their bounds: what a choice of GPUs is judged by."""
+        problem, total = self.problem, 0.0
+        plans = [StagePlan(*seat.layers, seat.shape, row) for seat, row in zip(seats, gpus, strict=True)]
+        layouts = [make_layout(problem, plan.shape, plan.gpus) for plan in plans]
+        for n, scenario in enumerate(problem.scenarios):
+            cycles = []
+            for place, (plan, layout) in enumerate(zip(plans, layouts, strict=True)):
+                own = self._stage_value(n, plan, layout, place == 0, place == len(plans) - 1)
+                if place + 1 < len(plans):
+                    own += self.cost.send(n, plan, plans[place + 1])
+                cycles.append(own)
+            total += float(problem.weights[n]) * (sum(cycles) + (scenario.micro_batches - 1) * max(cycles))
+        return total
+
+    def _stage_value(self, n: int, plan: StagePlan, layout: Layout, first: bool, last: bool) -> float:
+        total = 0.0
+        for group, layers in self._by_group(plan).items():
+            total += len(layers) * sum(self.cost.dense_terms(n, group, plan.shape, layout.types).values())
+            total += len(layers) * self.cost.collective_terms(
+                n, group, plan.shape, (layout.types, layout.tp_seats)
+            )
+            if self.problem.model.groups[group].moe:
+                task = self._task(plan, layout, group, layers, only=n)
+                total += float(experts.layer_bounds(task).sum())
+        edges = self.cost.edge_terms(n, plan.shape, layout.types, layout.tp_seats)
+        return total + first * edges["embedding"] + last * edges["head"]
+
+    def _by_group(self, plan: StagePlan) -> dict[int, list[int]]:
+        groups: dict[int, list[int]] = {}
+        for layer in plan.layers:
+            groups.setdefault(self.problem.model.group_of[layer], []).append(layer)
+        return groups
+
+    def _task(
+        self, plan: StagePlan, layout: Layout, group: int, layers: list[int], only: int | None = None
+    ) -> ExpertTask:
+        problem = self.problem
+        chosen = range(len(problem.scenarios)) if only is None else [only]
+        moe = problem.model.groups[group].moe
+        assert moe is not None
+        return ExpertTask(
+            loads=problem.loads[list(chosen)][:, layers],
+            forms=tuple(self.cost.expert_forms(n, group, plan.shape, layout) for n in chosen),
+            weights=problem.weights if only is None else np.ones(1),
+            tokens=tuple(self.cost.tokens(n, plan.shape).block for n in chosen),
+            top_k=moe.top_k,
+            ep=plan.shape.ep,
+            slots_per_rank=problem.slots // plan.shape.ep,
+        )
+
+    def _experts(
+        self,
+        seats: list[StageSeat],
+        gpus: list[Ints],
+        *,
+        rounds: int,
+        keep: float,
+        polish_rounds: int = 0,
+        before: dict[int, Ints] | None = None,
+    ) -> dict[int, Ints]:
+        """Return the slots of every MoE layer: improved from `before` where given, else from the start."""
+        result: dict[int, Ints] = {}
+        for seat, row in zip(seats, gpus, strict=True):
+            plan = StagePlan(*seat.layers, seat.shape, row)
+            layout = make_layout(self.problem, seat.shape, row)
+            for group, layers in self._by_group(plan).items():
+                if not self.problem.model.groups[group].moe:
+                    continue
+                task = self._task(plan, layout, group, layers)
+                slots = np.stack([before[layer] for layer in layers]) if before else experts.start(task)
+                slots = experts.improve(task, slots, self.clock, rounds, keep)
+                if polish_rounds:
+                    slots = experts.polish(
+                        task,
+                        slots,
+                        experts.layer_bounds(task),
+                        self.clock,
+                        seed=self.seed,
+                        rounds=polish_rounds,
+                        keep=keep,
+                    )
+                result |= dict(zip(layers, slots, strict=True))
+        return result
+
+    def _offer(
+        self, candidate: Candidate, seats: list[StageSeat], gpus: list[Ints], placed: dict[int, Ints]
+    ) -> None:
+        """Price a plan; keep it if it is the candidate's best, and the best of all if it is that."""
+        plan = Plan(
+            tuple(StagePlan(*seat.layers, seat.shape, row) for seat, row in zip(seats, gpus, strict=True)),
+            placed,
+        )
+        latencies = self.cost.price(plan)
+        value = self.cost.objective(latencies)
+        for scenario, latency in zip(self.problem.scenarios, latencies, strict=True):
+            limit = self.problem.requirements.max_step.get(scenario.name)
+            if limit is not None and latency.total > limit:
+                candidate.note = (
+                    f"{scenario.name} takes {latency.total:.6g} s, more than max_step {limit:.6g} s"
+                )
+                self.refused["was too slow for max_step as built"] += 1
+                return
+        if value < candidate.bound * (1 - 1e-9):
+            raise SolverError(
+                f"the bound {candidate.bound!r} of {candidate.strategy.name()} is above a placement of {value!r}; this is a fault in placer"
+            )
+        if value < candidate.objective:
+            candidate.plan, candidate.objective = plan, value
+        if value < self._best_value() * (1 - 1e-12) and not verify.broken_decisions(self.problem, plan):
+            self.best = candidate
+
+    # 3. refine
+
+    def _refine(self, candidates: list[Candidate]) -> None:
+        built = sorted(
+            (candidate for candidate in candidates if candidate.plan is not None),
+            key=lambda item: (item.objective, item.strategy.name()),
+        )
+        for candidate in built[:REFINED]:
+            if self.clock.over(keep=0.1 * self.clock.limit) or (
+                candidate.bound >= self._best_value() * (1 - OPTIMAL_GAP) and candidate is not self.best
+            ):
+                continue
+            self._refine_one(candidate)
+            self._tell(candidates, f"refining {candidate.strategy.name()}")
+
+    def _refine_one(self, candidate: Candidate) -> None:
+        assert candidate.plan is not None
+        plan = candidate.plan
+        edges = [plan.stages[0].first, *[stage.last for stage in plan.stages]]
+        seats = self._seats(candidate, edges)
+        gpus = [stage.gpus for stage in plan.stages]
+        keep = 0.1 * self.clock.limit
+        placed = plan.experts
+        if candidate.objective > candidate.bound * (1 + OPTIMAL_GAP):
+            better = self._rank_model(candidate, seats, gpus)
+            if better is not None:
+                gpus, placed = better, self._experts(seats, better, rounds=60, keep=keep)
+        if placed:
+            placed = self._experts(seats, gpus, rounds=600, keep=keep, polish_rounds=2, before=placed)
+        self._offer(candidate, seats, gpus, placed)
+        candidate.refined = True
+
+    def _rank_model(
+        self, candidate: Candidate, seats: list[StageSeat], gpus: list[Ints]
+    ) -> list[Ints] | None:
+        """Ask CP-SAT for better counts, and raise the candidate's bound by what it proves; None for no better seats."""
+        problem = self.problem
+        answer = solve_counts(
+            problem, self.cost, self.bounds, seats, self.clock, workers=self.workers, seed=self.seed
+        )
+        if answer is None:
+            return None
+        if None not in candidate.counts:
+            rest = self.bounds.costs(candidate.strategy.stages, candidate.ideals, seated=False)
+            candidate.bound = min(
+                max(candidate.bound, self.bounds.total(rest, candidate.counts) + answer.bound * (1 - 1e-9)),
+                candidate.objective,
+            )
+        if answer.counts is None:
+            return None
+        named = ranks.by_counts(problem, seats, answer.counts)
+        if named is None or not self._allowed(seats, named):
+            return None
+        return named if self._seat_value(seats, named) < self._seat_value(seats, gpus) * (1 - 1e-9) else None
+
+
+def eligible_ideal(problem: Problem, seat: StageSeat) -> Ideal:
+    """Return what the cluster offers one stage."""
+    return ideal_of(problem, ranks.eligible(problem, seat))

@@ -1,0 +1,179 @@
+"""Layers to stages: contiguous runs, uneven where it pays, the embedding and the head counted.
+
+Start: dynamic programming on the slowest stage. Model: CP-SAT over the boundaries, exact for sums plus pipeline fill in
+several scenarios and for stages of different shapes. Bound: the model's own, or the sum that no split can change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.cost.memory import stage_memory
+from placer.problem import Problem
+from placer.solver import cpsat
+from placer.solver.clock import Clock
+from placer.strategy import Shape
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class StageCosts:
+    """What a split is chosen by, in seconds.
+
+    `layer` is (scenarios, stages, layers): a layer's time on a stage. `fixed` is (scenarios, stages): embedding, head,
+    and the send to the next stage.
+    """
+
+    layer: Floats
+    fixed: Floats
+
+    def times(self, edges: list[int]) -> Floats:
+        """Return (scenarios, stages) stage times of a split with boundaries `edges` (stages + 1)."""
+        prefix = np.concatenate([np.zeros((*self.layer.shape[:2], 1)), self.layer.cumsum(axis=2)], axis=2)
+        stages = range(self.layer.shape[1])
+        return self.fixed + np.stack(
+            [prefix[:, s, edges[s + 1]] - prefix[:, s, edges[s]] for s in stages], axis=1
+        )
+
+
+def split_cost(problem: Problem, costs: StageCosts, edges: list[int]) -> float:
+    """Return the weighted step time of a split: the sum of its stages and the pipeline fill."""
+    times = costs.times(edges)
+    fill = np.array([scenario.micro_batches - 1 for scenario in problem.scenarios])
+    return float(problem.weights @ (times.sum(axis=1) + fill * times.max(axis=1)))
+
+
+class StageMemory:
+    """Bytes a rank of a stage fills, by layer range; looked up many times, computed once."""
+
+    def __init__(self, problem: Problem, shapes: tuple[Shape, ...]) -> None:
+        self.problem, self.shapes = problem, shapes
+        self.need = lru_cache(maxsize=None)(self._need)
+
+    def _need(self, stage: int, first: int, last: int) -> int:
+        final = stage == len(self.shapes) - 1
+        return sum(stage_memory(self.problem, self.shapes[stage], first, last, stage == 0, final).values())
+
+
+def memory_limits(problem: Problem, shapes: tuple[Shape, ...]) -> list[int]:
+    """Return for each stage the most a rank may fill if its GPUs were the roomiest allowed ones: an upper limit."""
+    limits = np.sort(problem.memory_limit[problem.allowed])[::-1]
+    return [int(limits[shape.ranks - 1]) if shape.ranks <= len(limits) else -1 for shape in shapes]
+
+
+def start(
+    problem: Problem,
+    shapes: tuple[Shape, ...],
+    costs: StageCosts,
+    counts: list[int | None],
+    memory: StageMemory,
+    limits: list[int],
+) -> list[int] | None:
+    """Return the boundaries of the split whose slowest stage is quickest among those that fit; None when none fits.
+
+    `counts` fixes the number of layers of a stage where it is not None; `limits` are bytes per rank by stage. Stages
+    of a uniform pipeline hold at least one layer.
+    """
+    layers, stages = costs.layer.shape[2], len(shapes)
+    weighted = np.tensordot(problem.weights, costs.layer, axes=1)
+    fixed = problem.weights @ costs.fixed
+    prefix = np.concatenate([np.zeros((stages, 1)), weighted.cumsum(axis=1)], axis=1)
+    best = np.full((stages + 1, layers + 1), np.inf)
+    back = np.zeros((stages + 1, layers + 1), dtype=np.int64)
+    best[0, 0] = 0.0
+    least = 0 if any(count is not None for count in counts) else 1
+    for stage in range(stages):
+        for first in np.flatnonzero(np.isfinite(best[stage])).tolist():
+            stated = counts[stage]
+            lasts = range(first + least, layers + 1) if stated is None else [first + stated]
+            for last in lasts:
+                if last > layers or memory.need(stage, first, last) > limits[stage]:
+                    break
+                value = max(best[stage, first], fixed[stage] + prefix[stage, last] - prefix[stage, first])
+                if value < best[stage + 1, last] - 1e-15:
+                    best[stage + 1, last], back[stage + 1, last] = value, first
+    if not np.isfinite(best[stages, layers]):
+        return None
+    edges = [layers]
+    for stage in range(stages, 0, -1):
+        edges.append(int(back[stage, edges[-1]]))
+    return edges[::-1]
+
+
+def improve(
+    problem: Problem,
+    shapes: tuple[Shape, ...],
+    costs: StageCosts,
+    counts: list[int | None],
+    memory: StageMemory,
+    limits: list[int],
+    edges: list[int],
+    clock: Clock,
+    seed: int,
+) -> tuple[list[int], float]:
+    """Return the best split that CP-SAT finds from `edges`, and a lower bound on the cost of any split, in seconds.
+
+    Where every stage has the same shape and nothing is pipelined, no split changes the sum and `edges` is optimal.
+    """
+    fill = np.array([scenario.micro_batches - 1 for scenario in problem.scenarios])
+    if len(shapes) == 1 or (len(set(shapes)) == 1 and not fill.any()) or None not in counts:
+        return edges, split_cost(problem, costs, edges)
+    model, bounds = split_model(problem, shapes, costs, counts, memory, limits, edges)
+    answer = cpsat.solve(model, clock, seconds=5.0, work=2.0, seed=seed)
+    lower = max(0.0, answer.bound) / cpsat.NANOSECONDS
+    if answer.found:
+        found = [int(answer.solver.value(bound)) for bound in bounds]
+        if split_cost(problem, costs, found) < split_cost(problem, costs, edges):
+            edges = found
+    return edges, min(lower, split_cost(problem, costs, edges))
+
+
+def split_model(problem, shapes, costs, counts, memory, limits, edges):  # type: ignore[no-untyped-def]
+    """Return the exact model of the split and its boundary variables; objective in nanoseconds."""
+    from ortools.sat.python import cp_model
+
+    model = cp_model.CpModel()
+    layers, stages = costs.layer.shape[2], len(shapes)
+    bounds = [model.new_int_var(0, layers, "") for _ in range(stages + 1)]
+    model.add(bounds[0] == 0)
+    model.add(bounds[-1] == layers)
+    for stage in range(stages):
+        allowed = [
+            (first, last)
+            for first in range(layers + 1)
+            for last in range(first, layers + 1)
+            if (counts[stage] is None or last - first == counts[stage])
+            and memory.need(stage, first, last) <= limits[stage]
+            and (last > first or counts[stage] == 0 or any(count is not None for count in counts))
+        ]
+        model.add_allowed_assignments([bounds[stage], bounds[stage + 1]], allowed)
+    terms = []
+    for number, scenario in enumerate(problem.scenarios):
+        weight = float(problem.weights[number]) * cpsat.NANOSECONDS
+        times = []
+        for stage in range(stages):
+            prefix = np.concatenate([[0.0], costs.layer[number, stage].cumsum()]) * weight
+            values = [int(value) for value in prefix]
+            ends = []
+            for bound in (bounds[stage], bounds[stage + 1]):
+                at = model.new_int_var(0, values[-1], "")
+                model.add_element(bound, values, at)
+                ends.append(at)
+            times.append(ends[1] - ends[0] + int(costs.fixed[number, stage] * weight))
+        terms.extend(times)
+        if scenario.micro_batches > 1:
+            slowest = model.new_int_var(
+                0, int(costs.times([0] * stages + [layers])[number].sum() * weight * stages) + 10**6, ""
+            )
+            for time in times:
+                model.add(time <= slowest)
+            terms.append((scenario.micro_batches - 1) * slowest)
+    model.minimize(sum(terms))
+    for bound, value in zip(bounds, edges, strict=True):
+        model.add_hint(bound, value)
+    return model, bounds

@@ -1,0 +1,322 @@
+"""Degrees: how a pipeline of stages splits attention over tp x dp and experts over ep x etp x edp.
+
+Every stage is a rank grid. A rank's number inside its stage is `tp_rank + tp * dp_rank` and, for the experts, also
+`etp_rank + etp * (ep_rank + ep * edp_rank)`: one order for both views, as Megatron-Core numbers them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+
+from placer.errors import nearest
+from placer.spec.base import Stated
+from placer.spec.model import ModelCard
+
+DEGREES = ("EP", "ETP", "EDP", "TP", "DP", "PP")
+
+
+@dataclass(frozen=True, order=True)
+class Shape:
+    """The degrees of one stage: `tp * dp == ep * etp * edp == ranks`."""
+
+    tp: int = 1
+    dp: int = 1
+    ep: int = 1
+    etp: int = 1
+
+    def __post_init__(self) -> None:
+        if min(self.tp, self.dp, self.ep, self.etp) < 1:
+            raise ValueError("degrees are whole numbers from 1")
+        if (self.tp * self.dp) % (self.ep * self.etp):
+            raise ValueError(
+                f"tp x dp = {self.tp} x {self.dp} = {self.tp * self.dp} ranks are not a multiple of "
+                f"ep x etp = {self.ep} x {self.etp} = {self.ep * self.etp}"
+            )
+        small, large = sorted((self.tp, self.ep * self.etp))
+        if large % small:
+            raise ValueError(
+                f"a TP group of {self.tp} ranks and an EP group of {self.ep * self.etp} overlap in part; "
+                "one must divide the other"
+            )
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of the stage."""
+        return self.tp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Copies of the whole set of experts."""
+        return self.ranks // (self.ep * self.etp)
+
+    @property
+    def ep_group(self) -> int:
+        """Ranks that hold one whole set of experts: ep x etp."""
+        return self.ep * self.etp
+
+    @property
+    def block(self) -> int:
+        """Ranks of the largest group that talks inside one layer: a TP group or an EP group."""
+        return max(self.tp, self.ep_group)
+
+    @property
+    def blocks(self) -> int:
+        """How many such groups the stage has."""
+        return self.ranks // self.block
+
+    @property
+    def atom(self) -> int:
+        """Ranks of the group that must sit closest: the larger of TP and expert-TP group."""
+        return max(self.tp, self.etp)
+
+    def coordinates(self) -> dict[str, NDArray[np.int64]]:
+        """Return the (ranks,) coordinates tp, dp, etp, ep and edp of every rank of the stage."""
+        rank = np.arange(self.ranks, dtype=np.int64)
+        return {
+            "tp": rank % self.tp,
+            "dp": rank // self.tp,
+            "etp": rank % self.etp,
+            "ep": rank // self.etp % self.ep,
+            "edp": rank // (self.etp * self.ep),
+        }
+
+    def name(self) -> str:
+        """Return such as `EP64_TP2_DP32`; degrees of 1 are left out, but TP is always there."""
+        degrees = {"EP": self.ep, "ETP": self.etp, "TP": self.tp, "DP": self.dp}
+        return "_".join(f"{name}{value}" for name, value in degrees.items() if value > 1 or name == "TP")
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """The degrees of every stage, in pipeline order, before any layer is given to a stage."""
+
+    stages: tuple[Shape, ...]
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of the whole pipeline."""
+        return sum(shape.ranks for shape in self.stages)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every stage has the same shape."""
+        return len(set(self.stages)) == 1
+
+    def name(self) -> str:
+        """Return such as `EP64_TP2_DP32_PP1`, or `PP3[TP2|EP64_TP1_DP64|TP2]` where stages differ."""
+        if self.uniform:
+            return f"{self.stages[0].name()}_PP{len(self.stages)}"
+        return f"PP{len(self.stages)}[{'|'.join(shape.name() for shape in self.stages)}]"
+
+
+class StageRequest(Stated):
+    """One stage as a user fixes it; what is left out is for the solver, but degrees default to 1 here."""
+
+    layers: int | None = Field(None, ge=0, description="how many layers; left out: for the solver to choose")
+    tp: int = Field(1, ge=1, le=4096)
+    dp: int = Field(1, ge=1, le=100_000)
+    ep: int = Field(1, ge=1, le=100_000)
+    etp: int = Field(1, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _degrees_agree(self) -> StageRequest:
+        self.shape()
+        return self
+
+    def shape(self) -> Shape:
+        """Return the degrees."""
+        return Shape(tp=self.tp, dp=self.dp, ep=self.ep, etp=self.etp)
+
+
+class StrategyRequest(Stated):
+    """What the user says of the strategy: degrees that are fixed, or every stage, or nothing (`auto`)."""
+
+    pp: int | None = Field(None, ge=1, le=4096)
+    tp: int | None = Field(None, ge=1, le=4096)
+    dp: int | None = Field(None, ge=1, le=100_000)
+    ep: int | None = Field(None, ge=1, le=100_000)
+    etp: int | None = Field(None, ge=1, le=4096)
+    edp: int | None = Field(None, ge=1, le=100_000)
+    stages: list[StageRequest] | None = Field(None, min_length=1, max_length=4096)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_a_word(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {} if value.strip().lower() == "auto" else parse_strategy_name(value)
+        return value
+
+    @model_validator(mode="after")
+    def _stages_or_degrees(self) -> StrategyRequest:
+        degrees = [name for name in ("tp", "dp", "ep", "etp", "edp") if getattr(self, name) is not None]
+        if self.stages is not None and degrees:
+            raise ValueError(
+                f"states `{degrees[0]}` beside `stages`; with `stages`, degrees stand in each stage"
+            )
+        if self.stages is not None and self.pp not in (None, len(self.stages)):
+            raise ValueError(f"`pp` is {self.pp}, but `stages` lists {len(self.stages)}")
+        return self
+
+    @property
+    def kind(self) -> Literal["fixed", "partly fixed", "auto"]:
+        """How much the user fixed."""
+        if self.stages is not None:
+            return "fixed"
+        return "partly fixed" if self.model_fields_set & {"pp", "tp", "dp", "ep", "etp", "edp"} else "auto"
+
+    def allows(self, shape: Shape) -> bool:
+        """Whether a uniform stage of this shape agrees with the degrees that are fixed."""
+        return all(
+            getattr(self, name) is None or getattr(self, name) == getattr(shape, name)
+            for name in ("tp", "dp", "ep", "etp", "edp")
+        )
+
+    def name(self) -> str:
+        """Return the request as a word that `parse_strategy_name` reads, or `auto`."""
+        if self.stages is not None:
+            return Strategy(tuple(stage.shape() for stage in self.stages)).name()
+        parts = [
+            f"{name}{getattr(self, name.lower())}"
+            for name in DEGREES
+            if getattr(self, name.lower()) is not None
+        ]
+        return "_".join(parts) or "auto"
+
+
+def parse_strategy_name(text: str) -> dict[str, Any]:
+    """Return the fields of a `StrategyRequest` that a name such as `EP64_TP2_PP1` fixes.
+
+    Degrees may stand in any order; those left out stay open. `PP3[TP2|EP64_DP64|TP2]` names every stage, and there
+    degrees left out are 1. Raises ValueError for anything else.
+    """
+    text = text.strip()
+    staged = re.fullmatch(r"PP(\d{1,4})\[([^\[\]]*)\]", text, re.IGNORECASE)
+    if staged:
+        stages = [parse_strategy_name(part) for part in staged.group(2).split("|")]
+        for stage in stages:
+            for degree in ("pp", "edp"):
+                if degree in stage:
+                    raise ValueError(
+                        f"found {degree.upper()} inside a stage of {text[:80]!r}; it belongs to no stage"
+                    )
+        return {"pp": int(staged.group(1)), "stages": stages}
+    fields: dict[str, Any] = {}
+    for part in re.split(r"[_\s,x*+-]+", text):
+        match = re.fullmatch(r"([A-Za-z]+)(\d{1,6})", part)
+        name = match.group(1).upper() if match else part
+        if not match or name not in DEGREES:
+            hint = nearest(name, DEGREES)
+            raise ValueError(
+                f"found {part[:40]!r} in the strategy {text[:80]!r}, expected `auto` or degrees such as `EP64_TP2_PP1` "
+                f"(known: {', '.join(DEGREES)}){hint}"
+            )
+        if name.lower() in fields:
+            raise ValueError(f"found {name} twice in the strategy {text[:80]!r}")
+        fields[name.lower()] = int(match.group(2))
+    return fields
+
+
+def shape_problem(model: ModelCard, shape: Shape, slots: int) -> str | None:
+    """Return why a model cannot be split by these degrees, or None when it can.
+
+    `slots` is experts + redundant copies per MoE layer.
+    """
+    moe = model.moe
+    for group in model.groups:
+        if group.attention.heads % shape.tp:
+            return f"tp {shape.tp} does not divide the {group.attention.heads} attention heads"
+        kv_heads = group.attention.kv_heads
+        if group.attention.kind == "gqa" and kv_heads % shape.tp and shape.tp % kv_heads:
+            return f"tp {shape.tp} neither divides the {kv_heads} key/value heads nor is a multiple of them"
+        if group.mlp and group.mlp.width % shape.tp:
+            return f"tp {shape.tp} does not divide the MLP width {group.mlp.width}"
+        if group.moe and group.moe.width % shape.etp:
+            return f"etp {shape.etp} does not divide the expert width {group.moe.width}"
+    if moe is None:
+        return None if shape.ep_group == 1 else "the model has no experts, so ep and etp must be 1"
+    if slots % shape.ep:
+        return f"ep {shape.ep} does not divide the {slots} expert slots of a layer"
+    return None
+
+
+def enumerate_strategies(
+    model: ModelCard, request: StrategyRequest, gpus: int, slots: int
+) -> Iterator[Strategy]:
+    """Yield every strategy of like stages that the model allows on at most `gpus` GPUs, and that `request` allows.
+
+    A request that lists its stages yields that one strategy. Expert-TP is 1 or spans whole TP groups (etp <= tp), the
+    layouts that serving engines and Megatron-Core can run; a request that fixes etp may go beyond. Data parallelism
+    is tried at every degree up to 8 and then at those which EP or the GPU count make useful.
+    """
+    if request.stages is not None:
+        yield Strategy(tuple(stage.shape() for stage in request.stages))
+        return
+    for pp in _choices(request.pp, range(1, model.layer_count + 2)):
+        if pp > gpus:
+            break
+        ranks_allowed = gpus // pp
+        for tp in _choices(request.tp, _divisors(_head_limit(model))):
+            if tp > ranks_allowed:
+                continue
+            for dp in _data_parallel_degrees(request, ranks_allowed // tp, slots, tp):
+                for shape in _expert_shapes(model, request, tp, dp, slots):
+                    if request.allows(shape) and shape_problem(model, shape, slots) is None:
+                        yield Strategy((shape,) * pp)
+
+
+def _choices(fixed: int | None, options: Any) -> Any:
+    return [fixed] if fixed is not None else options
+
+
+def _head_limit(model: ModelCard) -> int:
+    return int(np.gcd.reduce([group.attention.heads for group in model.groups]))
+
+
+def _divisors(number: int) -> list[int]:
+    return [value for value in range(1, number + 1) if number % value == 0]
+
+
+def _data_parallel_degrees(request: StrategyRequest, limit: int, slots: int, tp: int) -> list[int]:
+    if request.dp is not None:
+        return [request.dp] if request.dp <= limit else []
+    if limit < 1:
+        return []
+    useful = set(range(1, min(limit, 8) + 1)) | {limit}
+    useful |= {2**power for power in range(limit.bit_length()) if 2**power <= limit}
+    useful |= {ranks // tp for ranks in _divisors(slots) if ranks % tp == 0 and ranks // tp <= limit}
+    if request.ep is not None:
+        group = request.ep * (request.etp or 1)
+        useful |= {
+            copies * group // tp for copies in range(1, limit * tp // group + 1) if copies * group % tp == 0
+        }
+    return sorted(useful)
+
+
+def _expert_shapes(
+    model: ModelCard, request: StrategyRequest, tp: int, dp: int, slots: int
+) -> Iterator[Shape]:
+    if model.moe is None:
+        yield Shape(tp=tp, dp=dp)
+        return
+    ranks = tp * dp
+    for etp in _choices(request.etp, _divisors(tp)):
+        for ep in _choices(request.ep, _divisors(slots)):
+            if ranks % (ep * etp):
+                continue
+            small, large = sorted((tp, ep * etp))
+            if large % small == 0:
+                yield Shape(tp=tp, dp=dp, ep=ep, etp=etp)
+
+
+def stage_bounds(counts: list[int]) -> list[tuple[int, int]]:
+    """Return the half-open layer range of every stage from its layer count."""
+    edges = [0, *np.cumsum(counts).tolist()]
+    return list(pairwise(edges))

@@ -1,0 +1,260 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from placer.errors import ExportError, InputError
+from placer.launchers.base import Options
+from placer.launchers.ranks import Ranks, parse_ranks
+from placer.launchers.registry import emit
+from placer.placement import Placement
+from placer.spec.cluster import Cluster
+from tests.launchers.by_hand import make, uuid
+
+MPI = {"OMPI_COMM_WORLD_RANK": 2, "OMPI_COMM_WORLD_SIZE": 8}
+
+
+def cluster_of(placement: Placement, cpus: list[str | None], nic: list[str | None]) -> Cluster:
+    hosts = tuple(dict.fromkeys(record.host for record in placement.ranks))
+    return Cluster(
+        name="by hand",
+        types=(),
+        hosts=hosts,
+        host_of=np.array([hosts.index(record.host) for record in placement.ranks]),
+        index=np.array([record.gpu for record in placement.ranks]),
+        type_of=np.zeros(len(cpus), dtype=np.int64),
+        usable=np.ones(len(cpus), dtype=bool),
+        memory_taken=np.zeros(len(cpus), dtype=np.int64),
+        uuid=(None,) * len(cpus),
+        numa=(None,) * len(cpus),
+        cpus=tuple(cpus),
+        nic=tuple(nic),
+        levels=(),
+    )
+
+
+def test_table_reads_back(two_by_four, tmp_path):
+    table, script = emit(two_by_four, "ranks", tmp_path)
+    digest, rows = parse_ranks(table.read_text())
+    assert digest == two_by_four.digest()
+    assert [(row.rank, row.host, row.gpu, row.uuid) for row in rows] == [
+        (record.rank, record.host, record.gpu, record.uuid) for record in two_by_four.ranks
+    ]
+    assert table.read_text().splitlines()[0] == f"# placer 0.1.0 placement {digest}"
+    assert script.stat().st_mode & 0o111
+    assert not table.stat().st_mode & 0o111
+
+
+def test_every_rank_is_bound(two_by_four, tmp_path, shell):
+    emit(two_by_four, "ranks", tmp_path / "out")
+    for record in two_by_four.ranks:
+        ran = shell(
+            tmp_path / "out/bind.sh", "program", "a b", host=record.host, RANK=record.rank, WORLD_SIZE=8
+        )
+        assert ran.code == 0, ran.err
+        assert ran.argv == ["program", "a b"]
+        assert ran.env["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
+        assert ran.env["CUDA_VISIBLE_DEVICES"] == (record.uuid or str(record.gpu))
+        assert (ran.env["RANK"], ran.env["WORLD_SIZE"], ran.env["LOCAL_RANK"]) == (str(record.rank), "8", "0")
+        assert (ran.env["MASTER_ADDR"], ran.env["MASTER_PORT"]) == ("node02", "29500")
+        assert "NCCL_IB_HCA" not in ran.env
+        assert "SEEN_CPUS" not in ran.env
+
+
+def test_cpus_and_nic_of_the_cluster(two_by_four, tmp_path, shell):
+    cpus = [None if rank == 3 else f"{rank}-{rank},{rank + 10}" for rank in range(8)]
+    nic = [None if rank == 4 else f"mlx5_{rank}:1" for rank in range(8)]
+    options = Options(cluster=cluster_of(two_by_four, cpus, nic), command=("program", "it's", "$HOME"))
+    table, script = emit(two_by_four, "ranks", tmp_path / "out", options=options)
+    assert [(row.cpus, row.nic) for row in parse_ranks(table.read_text())[1]] == list(
+        zip(cpus, nic, strict=True)
+    )
+    for record in two_by_four.ranks:
+        ran = shell(script, "--more", host=record.host, RANK=record.rank)
+        assert ran.code == 0, ran.err
+        assert ran.argv == ["program", "it's", "$HOME", "--more"]
+        assert ran.env.get("SEEN_CPUS") == cpus[record.rank]
+        assert ran.env.get("NCCL_IB_HCA") == (None if nic[record.rank] is None else f"={nic[record.rank]}")
+
+
+@pytest.mark.parametrize(
+    ("cpus", "nic"), [("0-3;reboot", "mlx5_0"), ("0-3\t", "mlx5_0"), ("0", "mlx5\n0"), ("", "a b")]
+)
+def test_cpus_and_nic_in_no_known_form_are_refused(two_by_four, tmp_path, cpus, nic):
+    options = Options(cluster=cluster_of(two_by_four, [cpus] * 8, [nic] * 8))
+    with pytest.raises(ExportError, match="node02/3"):
+        emit(two_by_four, "ranks", tmp_path / "out", options=options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cluster_of_other_gpus_is_refused(two_by_four, uneven, tmp_path):
+    options = Options(cluster=cluster_of(uneven, [None] * 4, [None] * 4))
+    with pytest.raises(ExportError, match="rank 0 is on GPU node02/3, which the cluster by hand has not"):
+        emit(two_by_four, "ranks", tmp_path, options=options)
+
+
+def test_rank_of_the_innermost_launcher(two_by_four, tmp_path, shell):
+    emit(two_by_four, "ranks", tmp_path)
+    script = tmp_path / "bind.sh"
+    assert shell(script, "program", host="node02", **MPI).env["CUDA_VISIBLE_DEVICES"] == "0"
+    # Inside a Slurm batch script SLURM_PROCID is 0 for whatever an MPI launcher starts there.
+    assert shell(script, "program", host="node02", SLURM_PROCID=0, **MPI).env["RANK"] == "2"
+    assert shell(script, "program", host="node02", RANK=1, **MPI).env["RANK"] == "1"
+    # Slurm may know a host by another name than the host does.
+    slurm = {"SLURM_PROCID": 5, "SLURMD_NODENAME": "node01"}
+    assert shell(script, "program", host="machine", **slurm).env["RANK"] == "5"
+    assert shell(script, "program", host="machine", RANK=5, SLURMD_NODENAME="node01").code == 65
+
+
+def test_wrong_host_is_refused(two_by_four, tmp_path, shell):
+    emit(two_by_four, "ranks", tmp_path)
+    ran = shell(tmp_path / "bind.sh", "program", host="node01", RANK=3)
+    assert (ran.code, ran.out) == (65, "")
+    assert "refused: rank 3 belongs on the host node02, but this is node01" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "same"),
+    [
+        ("node01.lan", "node01", True),
+        ("node01", "node01.lan", True),
+        ("node01.lan", "node01.lan", True),
+        ("node01.lan", "node01.wan", False),
+        ("node011", "node01", False),
+        ("*", "node01", False),
+        ("", "node01", False),
+    ],
+)
+def test_names_with_and_without_a_domain(tmp_path, shell, here, there, same):
+    emit(make([(there, 0)]), "ranks", tmp_path)
+    assert (shell(tmp_path / "bind.sh", "program", host=here, RANK=0).code == 0) is same
+    emit(make([(there, 0)]), "torchrun", tmp_path)
+    assert (shell(tmp_path / f"torchrun-{there}.sh", "program", host=here).code == 0) is same
+
+
+def test_short_name_that_could_be_two_hosts_is_refused(tmp_path, shell):
+    placement = make([("node01.a", 0), ("node01.b", 0)])
+    emit(placement, "ranks", tmp_path)
+    emit(placement, "torchrun", tmp_path)
+    for script, rank in (("bind.sh", 1), ("torchrun-node01.b.sh", 1)):
+        codes = [
+            shell(tmp_path / script, "program", host=host, RANK=rank).code
+            for host in ("node01.b", "node01", "node01.a")
+        ]
+        assert codes == [0, 65, 65]
+
+
+def test_dry_run_prints_and_runs_nothing(two_by_four, tmp_path, shell):
+    emit(two_by_four, "ranks", tmp_path)
+    ran = shell(tmp_path / "bind.sh", "--dry-run", "program", "--dry-run", "a b", host="node01", RANK=4)
+    assert ran.code == 0
+    assert "# rank 4 of 8 (from RANK) on node01: stage 0 dp 1 tp 0" in ran.out
+    assert f"CUDA_VISIBLE_DEVICES={uuid(2)}" in ran.out
+    assert "program --dry-run a\\ b" in ran.out
+    wrong = shell(tmp_path / "bind.sh", "--dry-run", "program", host="node02", RANK=4)
+    assert wrong.code == 65
+    assert "refused" in wrong.err
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({}, "no rank"),
+        ({"RANK": "8"}, "ranks 0 to 7"),
+        ({"RANK": "x[$(echo 1 >&2)]"}, "expected a whole number"),
+        ({"RANK": "01"}, "expected a whole number"),
+        ({"RANK": "-1"}, "expected a whole number"),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, "started 4 processes, but this placement has 8 ranks"),
+    ],
+)
+def test_rank_that_does_not_fit_is_refused(two_by_four, tmp_path, shell, environment, message):
+    emit(two_by_four, "ranks", tmp_path)
+    ran = shell(tmp_path / "bind.sh", "program", host="node02", **environment)
+    assert (ran.code, ran.out) == (64, "")
+    assert message in ran.err
+
+
+def test_nothing_to_run_is_refused(two_by_four, tmp_path, shell):
+    emit(two_by_four, "ranks", tmp_path)
+    assert shell(tmp_path / "bind.sh", host="node02", RANK=0).code == 64
+
+
+def test_table_of_another_placement_is_refused(two_by_four, interleaved, tmp_path, shell):
+    emit(two_by_four, "ranks", tmp_path / "a")
+    emit(interleaved, "ranks", tmp_path / "b")
+    (tmp_path / "b/ranks.tsv").replace(tmp_path / "a/ranks.tsv")
+    ran = shell(tmp_path / "a/bind.sh", "program", host="node02", RANK=0)
+    assert ran.code == 66
+    assert "belongs to another placement" in ran.err
+    assert two_by_four.digest() in ran.err
+
+
+def test_changed_table_is_refused(two_by_four, tmp_path, shell):
+    table, script = emit(two_by_four, "ranks", tmp_path)
+    lines = table.read_text().splitlines(keepends=True)
+    swapped = [*lines[:2], lines[3], lines[2], *lines[4:]]
+    hosts = [line.replace("node01", "node03") for line in lines]
+    for text in ("".join(swapped), "".join(hosts), "".join(lines[:-1]), "".join(lines) + "\n"):
+        table.write_text(text)
+        ran = shell(script, "program", host="node02", RANK=0)
+        assert (ran.code, ran.out) == (66, "")
+        assert "it was changed" in ran.err
+    table.unlink()
+    assert shell(script, "program", host="node02", RANK=0).code == 66
+
+
+def test_without_taskset_the_rank_runs_and_says_so(two_by_four, tmp_path, shell):
+    options = Options(cluster=cluster_of(two_by_four, ["0"] * 8, [None] * 8))
+    emit(two_by_four, "ranks", tmp_path / "out", options=options)
+    (tmp_path / "stubs/taskset").unlink()
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("env", "bash", "dirname", "sha256sum", "awk", "uname"):
+        (tools / tool).symlink_to(str(shutil.which(tool)))
+    path = f"{tmp_path / 'stubs'}:{tools}"
+    ran = shell(tmp_path / "out/bind.sh", "program", host="node02", RANK=0, PATH=path)
+    assert ran.code == 0
+    assert "taskset is missing, so rank 0 is not bound to the CPUs 0" in ran.err
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda text: text.replace("# placer", "# player"),
+        lambda text: text.replace("\tgpu\t", "\tdevice\t"),
+        lambda text: text.rstrip("\n"),
+        lambda text: text + "8\tnode01\n",
+        lambda text: text.replace("\tnode01\t", "\tnode 01\t"),
+        lambda text: text.replace("\n7\t", "\nseven\t"),
+        lambda text: "",
+    ],
+)
+def test_spoilt_table_is_not_read(two_by_four, spoil):
+    text = Ranks().files(two_by_four, Options())["ranks.tsv"].text
+    with pytest.raises(InputError):
+        parse_ranks(spoil(text))
+
+
+labels = st.from_regex(r"[a-z0-9]([a-z0-9_-]{0,6}[a-z0-9])?(\.[a-z0-9]{1,5})?", fullmatch=True)
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_any_placement_reads_back(data):
+    """Any map of ranks to GPUs, with and without UUIDs, comes back from the table as it was."""
+    hosts = data.draw(st.lists(labels, min_size=1, max_size=4, unique=True))
+    gpus = data.draw(
+        st.lists(st.tuples(st.sampled_from(hosts), st.integers(0, 15)), min_size=1, max_size=24, unique=True)
+    )
+    known = data.draw(st.lists(st.booleans(), min_size=len(gpus), max_size=len(gpus)))
+    placement = make([(*gpu, uuid(number) if known[number] else None) for number, gpu in enumerate(gpus)])
+    digest, rows = parse_ranks(Ranks().files(placement, Options())["ranks.tsv"].text)
+    assert digest == placement.digest()
+    names = ("rank", "host", "gpu", "uuid", "stage", "dp", "tp", "ep", "etp", "edp")
+    assert [[getattr(row, name) for name in names] for row in rows] == [
+        [getattr(record, name) for name in names] for record in placement.ranks
+    ]
