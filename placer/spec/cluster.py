@@ -419,7 +419,8 @@ class _Builder:
         levels: list[Level] = []
         for number, stated in enumerate(self.spec.levels):
             last = number == len(self.spec.levels) - 1
-            names, domain_of, uplink = self._domains(number, stated, last, hosts, host_of, index)
+            inner = levels[-1] if levels else None
+            names, domain_of, uplink = self._domains(number, stated, last, hosts, host_of, index, inner)
             if levels:
                 self._check_nested(number, levels[-1], domain_of)
             levels.append(
@@ -437,10 +438,11 @@ class _Builder:
         hosts: list[str],
         host_of: NDArray[np.int64],
         index: NDArray[np.int64],
+        inner: Level | None,
     ) -> tuple[list[str], NDArray[np.int64], NDArray[np.float64]]:
         default_uplink = stated.uplink if stated.uplink is not None else np.inf
         if stated.domains is not None:
-            return self._named_domains(number, stated, default_uplink, hosts, host_of, index)
+            return self._named_domains(number, stated, default_uplink, hosts, host_of, index, inner)
         if stated.gpus is not None:
             position = np.concatenate([np.arange(count) for count in np.bincount(host_of)])
             raw = host_of * MAX_GPUS_PER_HOST + position // stated.gpus
@@ -476,6 +478,7 @@ class _Builder:
         hosts: list[str],
         host_of: NDArray[np.int64],
         index: NDArray[np.int64],
+        inner: Level | None,
     ) -> tuple[list[str], NDArray[np.int64], NDArray[np.float64]]:
         assert stated.domains is not None
         by_gpu = {
@@ -514,10 +517,17 @@ class _Builder:
                 domain_of[member] = position
             names.append(domain.name)
             uplinks.append(domain.uplink if domain.uplink is not None else default_uplink)
+        # What is left out stands alone as it is: a GPU at the innermost level, a domain of the level inside elsewhere.
+        alone: dict[int, int] = {}
         for gpu in np.flatnonzero(domain_of < 0).tolist():
-            domain_of[gpu] = len(names)
-            names.append(f"{hosts[host_of[gpu]]}/{index[gpu]}")
-            uplinks.append(default_uplink)
+            unit = gpu if inner is None else int(inner.domain_of[gpu])
+            if unit not in alone:
+                alone[unit] = len(names)
+                names.append(
+                    f"{hosts[host_of[gpu]]}/{index[gpu]}" if inner is None else inner.domain_names[unit]
+                )
+                uplinks.append(default_uplink)
+            domain_of[gpu] = alone[unit]
         return names, domain_of, np.array(uplinks)
 
     def _check_nested(self, number: int, inner: Level, outer: NDArray[np.int64]) -> None:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.composer import Composer
 from ruamel.yaml.error import ReusedAnchorWarning, YAMLError
-from ruamel.yaml.events import AliasEvent
+from ruamel.yaml.events import AliasEvent, ScalarEvent
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
@@ -294,7 +294,8 @@ def _models_in(annotation: Any) -> set[type[BaseModel]]:
 class _StrictComposer(Composer):
     """A composer that refuses aliases and deep nesting before anything is built."""
 
-    depth = 0
+    #: Not `depth`: newer versions of the base class count under that name themselves.
+    nesting = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.parser.check_event(AliasEvent):
@@ -302,14 +303,14 @@ class _StrictComposer(Composer):
             raise _Refused(
                 event.start_mark.line + 1, f"uses the alias `*{event.anchor}`; write the value out"
             )
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
+        self.nesting += 1
+        if self.nesting > MAX_DEPTH and not self.parser.check_event(ScalarEvent):
             event = self.parser.peek_event()
             raise _Refused(event.start_mark.line + 1, f"nests deeper than {MAX_DEPTH} levels")
         try:
             return super().compose_node(parent, index)
         finally:
-            self.depth -= 1
+            self.nesting -= 1
 
     def check_end_doc_dup_key(self, node: Any) -> None:
         """Leave duplicate keys to `_build`, which says the line."""

@@ -50,7 +50,7 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("a.yaml", "a: &a\n  b: *a\n", "uses the alias `*a`", 2),
         ("a.yaml", "[" * 100_000, "deeper than 40", 1),
         ("a.yaml", "{a: " * 100_000, "deeper than 40", 1),
-        ("a.yaml", "\n".join(" " * depth + "a:" for depth in range(1000)), "deeper than 40", 20),
+        ("a.yaml", "\n".join(" " * depth + "a:" for depth in range(1000)), "deeper than 40", 41),
         ("a.yaml", "- " * 50_000 + "x", "deeper than 40", 1),
         ("a.yaml", "? " * 50_000, "deeper than 40", 1),
         ("a.yaml", "a: 1\nb: 2\na: 3\n", "repeats the key `a`", 3),
@@ -102,7 +102,8 @@ def test_hostile_files_are_refused(
 
 def test_forty_levels_are_read_and_forty_one_are_not(tmp_path: Path) -> None:
     assert read(tmp_path, "a.json", "[" * 40 + "]" * 40).data
-    assert read(tmp_path, "a.yaml", "[" * 39 + "1" + "]" * 39).data
+    assert read(tmp_path, "a.yaml", "[" * 40 + "1" + "]" * 40).data
+    assert read(tmp_path, "a.yaml", "\n".join(" " * depth + "a:" for depth in range(40)) + " 1").data
     refused(tmp_path, "b.yaml", "[" * 41 + "]" * 41)
 
 
@@ -134,7 +135,7 @@ def test_what_is_not_a_file_is_refused_and_never_waited_for(tmp_path: Path) -> N
         ("fifo.yaml", "is not a file"),
         ("folder.yaml", "is not a file"),
         ("zero.yaml", "is not a file"),
-        ("loop.yaml", ""),
+        ("loop.yaml", "no such file|cannot be read"),
         ("missing.yaml", "no such file"),
         ("x" * 5000 + ".yaml", "cannot be read"),
         ("a\0b.yaml", "no such file"),
@@ -194,9 +195,11 @@ def test_any_bytes_are_data_or_one_sentence(tmp_path: Path, name: str, content: 
     try:
         document = read_document(path)
     except InputError as error:
-        assert "\n" not in str(error)
+        said = str(error)
     else:
-        assert len(document.digest) == 64
+        said = document.digest
+    assert said.strip()
+    assert "\n" not in said
 
 
 class Leaf(Stated):
@@ -207,11 +210,11 @@ class Leaf(Stated):
 
 class Twig(Stated):
     kind: Literal["twig"] = "twig"
-    leaves: list[Leaf] = []
+    leaves: tuple[Leaf, ...] = ()
 
 
 class Tree(Stated):
-    parts: list[Annotated[Leaf | Twig, Field(discriminator="kind")]] = []
+    parts: list[Annotated[Leaf | Twig, Field(discriminator="kind")]] = Field(default_factory=list)
     one: Leaf | list[Leaf] | None = None
 
 

@@ -126,10 +126,11 @@ def test_anything_else_is_a_quantity_or_a_sentence(value: object) -> None:
         try:
             result = parse(value)
         except ValueError as error:
-            assert str(error).startswith("found ")
+            result, said = 0, str(error)
         else:
-            assert isinstance(value, str)
-            assert 0 <= result < math.inf
+            said = "found " if isinstance(value, str) else "took what is no text"
+        assert said.startswith("found ")
+        assert 0 <= result < math.inf
 
 
 @pytest.mark.parametrize(
@@ -164,16 +165,13 @@ def test_sizes_that_are_none(text: str) -> None:
         (parse_bandwidth, "400 gb/s", "did you mean `GB/s` or `Gb/s`?"),
         (parse_bandwidth, "400 GBps", "did you mean `GB/s` or `Gb/s`?"),
         (parse_time, "3 US", "did you mean `us`?"),
-        (parse_flops, "1 tflops", "did you mean `TFLOP/s`?"),
+        (parse_flops, "1 tflops", "did you mean `TFLOPS`?"),
     ],
 )
 def test_a_wrong_unit_gets_every_unit_it_may_mean(parse: object, text: str, hint: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse(text)  # type: ignore[operator]
-    if "TFLOP" in hint:
-        assert "TFLOP" in str(caught.value)
-    else:
-        assert hint in str(caught.value)
+    assert hint in str(caught.value)
 
 
 def test_units_of_another_kind_are_refused() -> None:
