@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from placer.errors import ExportError, InputError
 from placer.problem import Problem
@@ -27,6 +28,13 @@ from placer.strategy import Shape, Strategy
 
 FORMAT = "placer placement"
 FORMAT_VERSION = 1
+
+# A placement is written by a program: a number is a number there, never `true`, a text or infinity. The limits keep
+# what is computed from a false file small.
+Count = Annotated[int, Field(strict=True, ge=0, le=2**62)]
+Degree = Annotated[int, Field(strict=True, ge=1, le=10**6)]
+LayerNumber = Annotated[int, Field(strict=True, ge=0, le=10**6)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -68,11 +76,11 @@ class Plan:
 class StageRecord(Stated):
     """One stage as the file tells it; `layers` is [first, one past the last]."""
 
-    layers: tuple[int, int]
-    tp: int = Field(ge=1)
-    dp: int = Field(ge=1)
-    ep: int = Field(ge=1)
-    etp: int = Field(ge=1)
+    layers: tuple[LayerNumber, LayerNumber]
+    tp: Degree
+    dp: Degree
+    ep: Degree
+    etp: Degree
 
 
 class StrategyRecord(Stated):
@@ -85,51 +93,51 @@ class StrategyRecord(Stated):
 class RankRecord(Stated):
     """One rank: where it is, and its coordinates in both views of its stage."""
 
-    rank: int = Field(ge=0)
+    rank: Count
     host: Host
-    gpu: int = Field(ge=0)
+    gpu: Count
     uuid: Device | None = None
-    stage: int = Field(ge=0)
-    dp: int = Field(ge=0)
-    tp: int = Field(ge=0)
-    ep: int = Field(ge=0)
-    etp: int = Field(ge=0)
-    edp: int = Field(ge=0)
+    stage: Count
+    dp: Count
+    tp: Count
+    ep: Count
+    etp: Count
+    edp: Count
 
 
 class LatencyRecord(Stated):
     """Modelled time of one step of a scenario, and its terms, which sum to it."""
 
-    total_s: float
-    terms: dict[str, float]
+    total_s: Number
+    terms: dict[str, Number]
 
 
 class MemoryRecord(Stated):
     """Bytes a rank fills, by part, against its limit."""
 
-    rank: int
-    bytes: int
-    limit_bytes: int
-    parts: dict[str, int]
+    rank: Count
+    bytes: Count
+    limit_bytes: Count
+    parts: dict[str, Count]
 
 
 class PartRecord(Stated):
     """One part of the certificate: what was bounded, how, and by how much."""
 
     name: str
-    bound_s: float | None = None
-    objective_s: float | None = None
+    bound_s: Number | None = None
+    objective_s: Number | None = None
     note: str = ""
 
 
 class Certificate(Stated):
     """What was proven: the objective is at most `gap` above any placement of the problem under the cost model."""
 
-    objective_s: float
-    bound_s: float
-    gap: float
+    objective_s: Number
+    bound_s: Number
+    gap: Number
     status: Literal["optimal", "feasible"]
-    candidates: int
+    candidates: Count
     cut_short: bool = Field(False, description="the clock or a Ctrl-C ended the search early")
     parts: list[PartRecord] = Field(default_factory=list)
 
@@ -143,15 +151,28 @@ class Placement(Stated):
     problem: Name
     model: Name
     cluster: Name
-    seed: int
+    seed: Annotated[int, Field(strict=True)]
     digests: dict[str, str]
     strategy: StrategyRecord
     ranks: list[RankRecord] = Field(min_length=1)
-    experts: dict[int, list[list[int]]]
+    experts: dict[int, list[list[Annotated[int, Field(strict=True)]]]]
     latency: dict[str, LatencyRecord]
     memory: list[MemoryRecord]
     certificate: Certificate
     notes: list[str] = Field(default_factory=list)
+
+    @field_validator("experts", mode="before")
+    @classmethod
+    def _each_layer_once(cls, value: Any) -> Any:
+        """Refuse keys such as `01`, which would stand for the same layer as `1` and hide one of the two."""
+        if not isinstance(value, dict):
+            return value
+        for key in value:
+            if isinstance(key, bool) or not re.fullmatch(r"0|[1-9][0-9]{0,5}", str(key), re.ASCII):
+                raise ValueError(f"found the key {str(key)[:40]!r}, expected a layer number")
+        if len({str(key) for key in value}) != len(value):
+            raise ValueError("names a layer twice")
+        return value
 
     def digest(self) -> str:
         """Return the SHA-256 of the decisions alone: stages, ranks, experts."""
@@ -235,9 +256,10 @@ def load_placement(path: str | Path) -> Placement:
     data = document.data
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise InputError(f"is not a placement file: it has no `format: {FORMAT}`", file=str(path))
-    if data.get("version") != FORMAT_VERSION:
+    version = data.get("version")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise InputError(
-            f"has the format version {data.get('version')!r}, expected {FORMAT_VERSION}",
+            f"has the format version {str(version)[:40]!r}, expected {FORMAT_VERSION}",
             file=str(path),
             key="version",
         )
@@ -281,8 +303,8 @@ def write_text(path: str | Path, text: str) -> None:
         descriptor, temporary = tempfile.mkstemp(
             dir=path.parent or Path(), prefix=f".{path.name}.", suffix=".tmp"
         )
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{path}: cannot be written: {_reason(error)}") from None
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -292,9 +314,13 @@ def write_text(path: str | Path, text: str) -> None:
         os.umask(umask)
         Path(temporary).chmod(0o666 & ~umask)
         Path(temporary).replace(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         Path(temporary).unlink(missing_ok=True)
-        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise ExportError(f"{path}: cannot be written: {_reason(error)}") from None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from placer.errors import InputError, nearest
 from placer.importers.huggingface import import_model
@@ -69,7 +71,7 @@ class Problem:
         limit = (
             np.floor(self.cluster.memory_bytes * (1 - reserve)).astype(np.int64) - self.cluster.memory_taken
         )
-        return np.maximum(limit, 0)
+        return np.asarray(np.maximum(limit, 0))
 
     @property
     def gpu_budget(self) -> int:
@@ -100,7 +102,7 @@ def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
     loads, generated = _loads(spec, document, model, digests)
     request = _request(spec.strategy if strategy is None else strategy, document, strategy is not None)
     problem = Problem(
-        name=spec.name or Path(path).stem,
+        name=spec.name or _name_of(path),
         file=str(path),
         cluster=cluster,
         model=model,
@@ -113,6 +115,12 @@ def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
     )
     _check_request(problem, document)
     return problem
+
+
+def _name_of(path: str | Path) -> str:
+    """Return the file's name without its ending, with what a name may not hold replaced by `-`."""
+    word = re.sub(r"[^A-Za-z0-9 ._+()-]", "-", Path(path).stem)
+    return re.sub(r"^[^A-Za-z0-9]+", "", word)[:100] or "problem"
 
 
 def _cluster(spec: ProblemFile, document: Document, digests: dict[str, str]) -> Cluster:
@@ -138,7 +146,11 @@ def _beside(document: Document, name: str, at: tuple[str, ...]) -> Path:
     if not name or len(name) > 4096 or "\x00" in name or "\n" in name:
         raise document.error(at, f"found {name[:60]!r}, expected a path")
     path = document.folder / name
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise document.error(at, f"names `{name[:60]}`, which cannot be read: {error.strerror}") from None
+    if not exists:
         raise document.error(at, f"names `{name}`, but there is no file `{path}`")
     return path
 
@@ -189,8 +201,8 @@ def _loads(
             result[number, moe_layers] = 1.0 / experts
         elif isinstance(stated, LoadFile):
             path = _beside(document, stated.file, at)  # type: ignore[arg-type]
-            digests[f"expert_loads of {scenario.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
             counts = read_expert_loads(path, layers=model.layer_count, experts=experts)
+            digests[f"expert_loads of {scenario.name}"] = hashlib.sha256(path.read_bytes()).hexdigest()
             silent = [layer for layer in moe_layers if counts[layer].sum() <= 0]
             if silent:
                 raise document.error(
@@ -212,14 +224,30 @@ def _request(stated: Any, document: Document, overridden: bool) -> StrategyReque
         try:
             return StrategyRequest.model_validate(stated)
         except ValueError as error:
-            details = getattr(error, "errors", lambda **_: [])(include_url=False)
-            message = (
-                str(details[0].get("ctx", {}).get("error", details[0]["msg"])) if details else str(error)
-            )
+            message = _strategy_message(error)
             if overridden:
                 raise InputError(message, key="--strategy") from None
             raise document.error(("strategy",), message) from None
+    if stated is None:
+        raise document.error(
+            ("strategy",), "found nothing, expected `auto`, a name such as `EP8_TP2_PP1` or degrees"
+        )
     return validate(StrategyRequest, document, stated, ("strategy",))
+
+
+def _strategy_message(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    said = first.get("ctx", {}).get("error")
+    if said is not None:
+        return str(said)
+    limits = first.get("ctx", {})
+    for word, kind in (("at most", "le"), ("at least", "ge")):
+        if kind in limits:
+            degree = str(first["loc"][-1]).upper()
+            return f"found {degree}{first['input']}, expected a degree of {word} {limits[kind]}"
+    return str(first["msg"])
 
 
 def _check_request(problem: Problem, document: Document) -> None:

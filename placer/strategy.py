@@ -7,9 +7,9 @@ Every stage is a rank grid. A rank's number inside its stage is `tp_rank + tp * 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -180,9 +180,10 @@ class StrategyRequest(Stated):
         )
 
     def name(self) -> str:
-        """Return the request as a word that `parse_strategy_name` reads, or `auto`."""
+        """Return the request as a word that `parse_strategy_name` reads, or `auto`; layers per stage are left out."""
         if self.stages is not None:
-            return Strategy(tuple(stage.shape() for stage in self.stages)).name()
+            # Always stage by stage: in a word for all stages at once, degrees left out would be open.
+            return f"PP{len(self.stages)}[{'|'.join(stage.shape().name() for stage in self.stages)}]"
         parts = [
             f"{name}{getattr(self, name.lower())}"
             for name in DEGREES
@@ -198,7 +199,7 @@ def parse_strategy_name(text: str) -> dict[str, Any]:
     degrees left out are 1. Raises ValueError for anything else.
     """
     text = text.strip()
-    staged = re.fullmatch(r"PP(\d{1,4})\[([^\[\]]*)\]", text, re.IGNORECASE)
+    staged = re.fullmatch(r"PP([0-9]{1,4})\[([^\[\]]*)\]", text, re.IGNORECASE)
     if staged:
         stages = [parse_strategy_name(part) for part in staged.group(2).split("|")]
         for stage in stages:
@@ -210,7 +211,7 @@ def parse_strategy_name(text: str) -> dict[str, Any]:
         return {"pp": int(staged.group(1)), "stages": stages}
     fields: dict[str, Any] = {}
     for part in re.split(r"[_\s,x*+-]+", text):
-        match = re.fullmatch(r"([A-Za-z]+)(\d{1,6})", part)
+        match = re.fullmatch(r"([A-Za-z]+)([0-9]{1,6})", part)
         name = match.group(1).upper() if match else part
         if not match or name not in DEGREES:
             hint = nearest(name, DEGREES)
@@ -218,6 +219,8 @@ def parse_strategy_name(text: str) -> dict[str, Any]:
                 f"found {part[:40]!r} in the strategy {text[:80]!r}, expected `auto` or degrees such as `EP64_TP2_PP1` "
                 f"(known: {', '.join(DEGREES)}){hint}"
             )
+        if int(match.group(2)) == 0:
+            raise ValueError(f"found {part} in the strategy {text[:80]!r}, expected a degree of at least 1")
         if name.lower() in fields:
             raise ValueError(f"found {name} twice in the strategy {text[:80]!r}")
         fields[name.lower()] = int(match.group(2))
@@ -244,36 +247,86 @@ def shape_problem(model: ModelCard, shape: Shape, slots: int) -> str | None:
         return None if shape.ep_group == 1 else "the model has no experts, so ep and etp must be 1"
     if slots % shape.ep:
         return f"ep {shape.ep} does not divide the {slots} expert slots of a layer"
+    if slots > moe.experts * shape.ep:
+        return f"{slots} slots on {shape.ep} EP ranks would put two copies of one of {moe.experts} experts on one GPU"
     return None
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """How finely degrees that nobody fixed are tried: `pp` and `dp` are the last number up to which every one is."""
+
+    pp: int
+    dp: int
+    etp: Literal["every", "filling", "whole"]
+    every_edp: bool = True
+
+
+#: From fine to coarse. The search takes the finest grid that holds at most MOST_STRATEGIES.
+_GRIDS = (
+    _Grid(16, 8, "every"),
+    _Grid(8, 8, "filling"),
+    _Grid(8, 4, "filling"),
+    _Grid(4, 2, "filling", every_edp=False),
+    _Grid(1, 1, "whole", every_edp=False),
+)
+MOST_STRATEGIES = 3500
 
 
 def enumerate_strategies(
     model: ModelCard, request: StrategyRequest, gpus: int, slots: int
 ) -> Iterator[Strategy]:
-    """Yield every strategy of like stages that the model allows on at most `gpus` GPUs, and that `request` allows.
+    """Yield the strategies of like stages that the model allows on at most `gpus` GPUs, and that `request` allows.
 
-    A request that lists its stages yields that one strategy. Expert-TP is 1 or spans whole TP groups (etp <= tp), the
-    layouts that serving engines and Megatron-Core can run; a request that fixes etp may go beyond. Data parallelism
-    is tried at every degree up to 8 and then at those which EP or the GPU count make useful.
+    A request that lists its stages yields that one strategy. A degree that it leaves open (all of them in `auto`) is
+    tried at these values, so this is the set that a bound over "all candidates" covers:
+
+    - pp: 1 to 16 and every power of two, up to the number of layers;
+    - tp: every divisor that all layers' attention heads share;
+    - dp: 1 to 8, every power of two, the most that fits, and those that make tp x dp a divisor of the expert slots,
+      or a multiple of a fixed ep;
+    - ep: every divisor of the expert slots that divides tp x dp;
+    - etp: every divisor of tp (never more than tp, unless the request fixes it so).
+
+    Where that is more than MOST_STRATEGIES, as on some 200 GPUs or more in `auto`, the set is thinned: every pp only
+    up to 8, and etp 1, tp or what fills a TP group or the stage; then every dp only up to 4; then every pp up to 4, dp
+    up to 2, and only a power of two of EDP copies; on thousands of GPUs pp a power of two, and etp 1 or tp.
     """
     if request.stages is not None:
         yield Strategy(tuple(stage.shape() for stage in request.stages))
         return
-    for pp in _choices(request.pp, range(1, model.layer_count + 2)):
+    found: list[Strategy] = []
+    for grid in _GRIDS:
+        most = None if grid is _GRIDS[-1] else MOST_STRATEGIES + 1
+        found = list(islice(_like_stages(model, request, gpus, slots, grid), most))
+        if len(found) <= MOST_STRATEGIES:
+            break
+    yield from found
+
+
+def _like_stages(
+    model: ModelCard, request: StrategyRequest, gpus: int, slots: int, grid: _Grid
+) -> Iterator[Strategy]:
+    pipelines = (pp for pp in range(1, model.layer_count + 1) if pp <= grid.pp or _power_of_two(pp))
+    for pp in _choices(request.pp, pipelines):
         if pp > gpus:
             break
         ranks_allowed = gpus // pp
         for tp in _choices(request.tp, _divisors(_head_limit(model))):
             if tp > ranks_allowed:
                 continue
-            for dp in _data_parallel_degrees(request, ranks_allowed // tp, slots, tp):
-                for shape in _expert_shapes(model, request, tp, dp, slots):
+            for dp in _data_parallel_degrees(request, ranks_allowed // tp, slots, tp, grid):
+                for shape in _expert_shapes(model, request, tp, dp, slots, grid):
                     if request.allows(shape) and shape_problem(model, shape, slots) is None:
                         yield Strategy((shape,) * pp)
 
 
-def _choices(fixed: int | None, options: Any) -> Any:
+def _choices(fixed: int | None, options: Iterable[int]) -> Iterable[int]:
     return [fixed] if fixed is not None else options
+
+
+def _power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0
 
 
 def _head_limit(model: ModelCard) -> int:
@@ -284,24 +337,26 @@ def _divisors(number: int) -> list[int]:
     return [value for value in range(1, number + 1) if number % value == 0]
 
 
-def _data_parallel_degrees(request: StrategyRequest, limit: int, slots: int, tp: int) -> list[int]:
+def _data_parallel_degrees(
+    request: StrategyRequest, limit: int, slots: int, tp: int, grid: _Grid
+) -> list[int]:
     if request.dp is not None:
         return [request.dp] if request.dp <= limit else []
     if limit < 1:
         return []
-    useful = set(range(1, min(limit, 8) + 1)) | {limit}
+    useful = set(range(1, min(limit, grid.dp) + 1)) | {limit}
     useful |= {2**power for power in range(limit.bit_length()) if 2**power <= limit}
     useful |= {ranks // tp for ranks in _divisors(slots) if ranks % tp == 0 and ranks // tp <= limit}
     if request.ep is not None:
         group = request.ep * (request.etp or 1)
-        useful |= {
-            copies * group // tp for copies in range(1, limit * tp // group + 1) if copies * group % tp == 0
-        }
+        most = limit * tp // group
+        copies = [n for n in range(1, most + 1) if grid.every_edp or n == most or _power_of_two(n)]
+        useful |= {n * group // tp for n in copies if n * group % tp == 0}
     return sorted(useful)
 
 
 def _expert_shapes(
-    model: ModelCard, request: StrategyRequest, tp: int, dp: int, slots: int
+    model: ModelCard, request: StrategyRequest, tp: int, dp: int, slots: int, grid: _Grid
 ) -> Iterator[Shape]:
     if model.moe is None:
         yield Shape(tp=tp, dp=dp)
@@ -312,8 +367,19 @@ def _expert_shapes(
             if ranks % (ep * etp):
                 continue
             small, large = sorted((tp, ep * etp))
-            if large % small == 0:
-                yield Shape(tp=tp, dp=dp, ep=ep, etp=etp)
+            if large % small:
+                continue
+            if request.etp is None and not _etp_in(grid, etp, tp, ep, ranks):
+                continue
+            if request.edp is None and not grid.every_edp and not _power_of_two(ranks // (ep * etp)):
+                continue
+            yield Shape(tp=tp, dp=dp, ep=ep, etp=etp)
+
+
+def _etp_in(grid: _Grid, etp: int, tp: int, ep: int, ranks: int) -> bool:
+    if grid.etp == "every" or etp in (1, tp):
+        return True
+    return grid.etp == "filling" and ep * etp in (tp, ranks)
 
 
 def stage_bounds(counts: list[int]) -> list[tuple[int, int]]:

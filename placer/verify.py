@@ -10,10 +10,11 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 
-from placer.cost.latency import CostModel
+from placer.cost.latency import CostModel, ScenarioLatency
 from placer.cost.memory import stage_memory
 from placer.placement import (
     Placement,
@@ -65,8 +66,9 @@ def check_placement(placement: Placement, problem: Problem) -> list[Finding]:
         return findings
     plan = plan_of(placement, problem)
     findings += _memory(placement, plan, problem)
-    findings += _latency(placement, plan, problem)
-    findings += _certificate(placement, problem)
+    priced = CostModel(problem).price(plan)
+    findings += _latency(placement, priced, problem)
+    findings += _certificate(placement, priced, problem)
     return findings
 
 
@@ -102,7 +104,9 @@ def _digests(placement: Placement, problem: Problem) -> Iterator[Finding]:
             yield Finding("input.name", key, f"states {getattr(placement, key)!r}, but the input is {name!r}")
     for key in sorted(set(placement.digests) | set(problem.digests)):
         if placement.digests.get(key) != problem.digests.get(key):
-            yield Finding("input.digest", f"digests.{key}", "was made from another version of this input")
+            yield Finding(
+                "input.digest", f"digests.{_shown(key)}", "was made from another version of this input"
+            )
 
 
 def _shapes(strategy: StrategyRecord) -> Iterator[Shape | Finding]:
@@ -182,9 +186,11 @@ def _requested(strategy: StrategyRecord, shapes: list[Shape], problem: Problem) 
 def _rank_numbers(decisions: _Decisions, shapes: list[Shape]) -> Iterator[Finding]:
     total = sum(shape.ranks for shape in shapes)
     numbers = [record.rank for record in decisions.ranks]
-    if sorted(numbers) != list(range(total)):
-        missing = sorted(set(range(total)) - set(numbers))
-        extra = sorted(set(numbers) - set(range(total)))
+    # Lengths first: degrees in a false file may ask for more ranks than fit in memory.
+    if len(numbers) != total or sorted(numbers) != list(range(total)):
+        known = set(numbers)
+        missing = list(islice((number for number in range(total) if number not in known), 5))
+        extra = sorted(number for number in known if number >= total)
         twice = sorted(number for number, count in Counter(numbers).items() if count > 1)
         parts = [
             f"{what} {values[:5]}"
@@ -247,8 +253,8 @@ def _experts(decisions: _Decisions, shapes: list[Shape], problem: Problem) -> It
     for layer in sorted(moe_layers - set(decisions.experts)):
         yield Finding("experts.layers", f"experts.{layer}", "is missing, though the layer has experts")
     for stage, shape in zip(decisions.strategy.stages, shapes, strict=True):
-        for layer in range(*stage.layers):
-            if layer in moe_layers and layer in decisions.experts:
+        for layer in sorted(moe_layers & set(decisions.experts)):
+            if stage.layers[0] <= layer < stage.layers[1]:
                 yield from _expert_layer(layer, decisions.experts[layer], shape, problem)
 
 
@@ -273,12 +279,13 @@ def _expert_layer(layer: int, rows: list[list[int]], shape: Shape, problem: Prob
     if missing:
         yield Finding("experts.all", where, f"has no slot for expert {missing[0]} ({len(missing)} missing)")
     for number, row in enumerate(rows):
-        for expert, count in Counter(row).items():
-            # More copies than EP ranks leave no choice; that is the only excuse.
-            if count > -(-copies[expert] // shape.ep):
-                yield Finding(
-                    "experts.twice", where, f"puts {count} copies of expert {expert} on EP rank {number}"
-                )
+        held = Counter(row)
+        # More slots than experts leave no choice; that is the only excuse.
+        if len(held) < min(len(row), experts):
+            expert, count = held.most_common(1)[0]
+            yield Finding(
+                "experts.twice", where, f"puts {count} copies of expert {expert} on EP rank {number}"
+            )
 
 
 def _requirements(decisions: _Decisions, shapes: list[Shape], problem: Problem) -> Iterator[Finding]:
@@ -349,7 +356,7 @@ def _memory(placement: Placement, plan: Plan, problem: Problem) -> Iterator[Find
                 yield Finding(
                     "memory.parts",
                     where,
-                    f"states other bytes than the model needs for {', '.join(differing)}",
+                    f"states other bytes than the model needs for {', '.join(map(_shown, differing))}",
                 )
             if record.bytes != sum(parts.values()):
                 yield Finding(
@@ -364,14 +371,16 @@ def _memory(placement: Placement, plan: Plan, problem: Problem) -> Iterator[Find
             rank += 1
 
 
-def _latency(placement: Placement, plan: Plan, problem: Problem) -> Iterator[Finding]:
+def _latency(
+    placement: Placement, priced_scenarios: list[ScenarioLatency], problem: Problem
+) -> Iterator[Finding]:
     names = [scenario.name for scenario in problem.scenarios]
     if sorted(placement.latency) != sorted(names):
         yield Finding(
             "latency.scenarios", "latency", f"lists {sorted(placement.latency)}, expected {sorted(names)}"
         )
         return
-    for name, priced in zip(names, CostModel(problem).price(plan), strict=True):
+    for name, priced in zip(names, priced_scenarios, strict=True):
         stated = placement.latency[name]
         where = f"latency of {name}"
         if not _close(stated.total_s, priced.total):
@@ -383,7 +392,7 @@ def _latency(placement: Placement, plan: Plan, problem: Problem) -> Iterator[Fin
                 yield Finding(
                     "latency.terms",
                     where,
-                    f"states {stated.terms.get(term)!r} s for {term}, recomputed {priced.terms.get(term)!r} s",
+                    f"states {stated.terms.get(term)!r} s for {_shown(term)}, recomputed {priced.terms.get(term)!r} s",
                 )
         limit = problem.requirements.max_step.get(name)
         if limit is not None and priced.total > limit:
@@ -394,16 +403,9 @@ def _latency(placement: Placement, plan: Plan, problem: Problem) -> Iterator[Fin
             )
 
 
-def _certificate(placement: Placement, problem: Problem) -> Iterator[Finding]:
+def _certificate(placement: Placement, priced: list[ScenarioLatency], problem: Problem) -> Iterator[Finding]:
     certificate = placement.certificate
-    totals = [
-        placement.latency[scenario.name].total_s
-        for scenario in problem.scenarios
-        if scenario.name in placement.latency
-    ]
-    if len(totals) != len(problem.scenarios):
-        return
-    objective = float(np.dot(problem.weights, totals))
+    objective = float(np.dot(problem.weights, [scenario.total for scenario in priced]))
     if not _close(certificate.objective_s, objective):
         yield Finding(
             "certificate.objective",
@@ -415,15 +417,20 @@ def _certificate(placement: Placement, problem: Problem) -> Iterator[Finding]:
             "certificate.bound", "certificate", f"states the bound {certificate.bound_s!r} s, which is none"
         )
         return
-    if certificate.bound_s > certificate.objective_s * (1 + RELATIVE_TOLERANCE):
+    if certificate.bound_s > objective * (1 + RELATIVE_TOLERANCE):
         yield Finding("certificate.bound", "certificate", "states a bound above the objective")
-    gap = max(0.0, (certificate.objective_s - certificate.bound_s) / certificate.objective_s)
+    gap = max(0.0, (objective - certificate.bound_s) / objective) if objective > 0 else 0.0
     if not math.isclose(certificate.gap, gap, rel_tol=1e-6, abs_tol=1e-9):
         yield Finding(
             "certificate.gap", "certificate", f"states the gap {certificate.gap!r}, recomputed {gap!r}"
         )
     if certificate.status == "optimal" and gap > 1.1e-6:
         yield Finding("certificate.status", "certificate", f"states `optimal` with a gap of {gap:.3g}")
+
+
+def _shown(text: str) -> str:
+    """Return a name from the file, fit for a terminal: control characters escaped, 80 characters at most."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:80])
 
 
 def _close(stated: float, recomputed: float) -> bool:

@@ -137,7 +137,7 @@ def experts(
     bandwidth = gpu.type.memory_bandwidth
     return ExpertTimes(
         start=constant["start_us"],
-        activation=constant["activation"] * 2.0 * hidden / bandwidth / etp,
+        activation=constant["activation"] * 2.0 * hidden / bandwidth,
         per_row=2.0 * matrix_parameters / etp / (peak * constant["flops"]),
         per_expert=expert_parameters * BYTES_PER_VALUE[dtype] / etp / (bandwidth * constant["bandwidth"]),
     )

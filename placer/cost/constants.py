@@ -16,8 +16,13 @@ from typing import Any
 
 from placer.errors import InputError, nearest
 from placer.spec.cluster import GpuType
+from placer.spec.gpu_types import GPU_CATALOGUE
 
 ABOUT = ("median_error", "worst_error", "source")
+
+#: Largest value that makes sense, by parameter: shares of a peak (78 instead of 0.78 is a slip), and the loss of a
+#: group over 2 domains or more, e (1 - loss / N), which must leave something.
+_MOST = {"flops": 2.0, "bandwidth": 2.0, "efficiency": 2.0, "loss": 1.99}
 
 #: Number formats whose kernels stand in where a format has none of its own: weight-only formats compute in bf16.
 _STAND_IN = {
@@ -100,26 +105,34 @@ class Constants:
     def _find(self, term: str) -> Constant:
         if term not in known_terms():
             raise KeyError(term)
-        name: str | None = self.gpu_type.like
-        row: dict[str, Any] = {}
-        while name is not None:
-            row = table().get(name, {}).get(term, {})
-            if row:
-                break
-            name = table()["base"].get(name)
+        name = next(name for name in _lenders(self.gpu_type.like) if term in table().get(name, {}))
+        row: dict[str, Any] = table()[name][term]
         values = {key: float(value) for key, value in row.items() if key not in ABOUT}
+        # Borrowed over to a slower link, a bandwidth keeps its share of the link; over to a faster one it stays as
+        # measured: DeepEP's high-throughput kernels are no quicker on B200's links than on H100's.
+        if name in GPU_CATALOGUE and "bandwidth_GBps" in values:
+            link = GPU_CATALOGUE[name].link_bandwidth
+            values["bandwidth_GBps"] *= min(1.0, self.gpu_type.nominal_link_bandwidth / link)
         own = self.gpu_type.constants.get(term, {})
         values |= {key: float(value) for key, value in own.items() if key not in ABOUT}
         return Constant(
             term=term,
             values=values,
-            median_error=None if own else row.get("median_error"),
-            worst_error=None if own else row.get("worst_error"),
+            median_error=(own or row).get("median_error"),
+            worst_error=(own or row).get("worst_error"),
             source=str(own.get("source", "the cluster file"))
             if own
             else table()["sources"].get(row.get("source"), ""),
             borrowed_from=name if not own and name != self.gpu_type.like else None,
         )
+
+
+def _lenders(name: str) -> list[str]:
+    """Return the types a constant is looked up in, in order: the type, those it is based on, then every other."""
+    chain = [name]
+    while chain[-1] in table()["base"]:
+        chain.append(table()["base"][chain[-1]])
+    return chain + [other for other in table() if other not in ("sources", "base", *chain)]
 
 
 def _check_overrides(gpu_type: GpuType) -> None:
@@ -129,9 +142,11 @@ def _check_overrides(gpu_type: GpuType) -> None:
         if term not in terms:
             raise InputError(f"names a term that the latency model has not{nearest(term, terms)}", key=key)
         for name, value in row.items():
-            if name in ABOUT:
+            if name == "source":
+                if not isinstance(value, str):
+                    raise InputError(f"found {value!r} for `source`, expected text", key=key)
                 continue
-            if name not in terms[term]:
+            if name not in terms[term] and name not in ABOUT:
                 raise InputError(
                     f"unknown key `{name}`{nearest(name, terms[term])}; known: {', '.join(sorted(terms[term]))}",
                     key=key,
@@ -143,5 +158,10 @@ def _check_overrides(gpu_type: GpuType) -> None:
                 or value < 0
             ):
                 raise InputError(f"found {value!r} for `{name}`, expected a number from 0", key=key)
-            if value == 0 and not name.endswith("_us") and name not in ("loss", "activation"):
+            if value == 0 and not name.endswith("_us") and name not in ("loss", "activation", *ABOUT):
                 raise InputError(f"found 0 for `{name}`, expected a number above 0", key=key)
+            if value > _MOST.get(name, math.inf):
+                raise InputError(
+                    f"found {value!r} for `{name}`, expected a share such as 0.8, at most {_MOST[name]}",
+                    key=key,
+                )

@@ -247,7 +247,7 @@ class CostModel:
         times = [self.expert_times(group, shape, number) for number in range(len(self.gpus))]
 
         def worst(values: list[float]) -> NDArray[np.float64]:
-            return np.where(layout.ep_types, np.array(values), -np.inf).max(axis=1)
+            return np.asarray(np.where(layout.ep_types, np.array(values), -np.inf).max(axis=1))
 
         exchanges = {
             kind: self._exchange(kind, scenario, group, shape, layout) for kind in ("dispatch", "combine")
@@ -310,7 +310,7 @@ class CostModel:
         start = slope = 0.0
         for number in layout.types:
             for seat in layout.etp_seats:
-                # All-reduce is start + size / rate once past small messages; two sizes give both, on the larger side.
+                # The chord between the mean load and the whole load on one EP rank: exact at both, linear between.
                 small, large = (
                     self.networks[number].all_reduce(float(part), seat) for part in (size / shape.ep, size)
                 )

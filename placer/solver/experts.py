@@ -20,6 +20,11 @@ from placer.solver.clock import Clock
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+#: Least busy ranks that a swap is tried with first.
+PARTNERS = 6
+#: CP-SAT neighbourhoods without gain after which no more are tried.
+PATIENCE = 8
+
 
 @dataclass(frozen=True)
 class ExpertTask:
@@ -62,29 +67,55 @@ def objective(task: ExpertTask, slots: Ints) -> Floats:
     return total
 
 
-def choose_copies(task: ExpertTask) -> Ints:
-    """Return (layers, experts) copies: one each, the rest one by one to the expert with most load per copy.
+def choose_copies(task: ExpertTask, hot: int) -> Ints:
+    """Return (layers, experts) copies: one each, `hot` more where they take most load off, the rest where they cost least.
 
-    The load that counts is the largest over scenarios beside the weighted mean, half and half: an expert that is hot
-    in one workload only needs its copy as well. No expert gets more copies than there are ranks.
+    The load that counts is the largest over scenarios beside the weighted mean, half and half: an expert that is hot in
+    one workload only needs its copy as well. In decode every further active slot is read from memory, so copies that
+    balance does not need go to the experts least likely to be active. No expert gets more copies than there are ranks.
     """
     weights = task.weights / task.weights.sum()
     heat = 0.5 * np.tensordot(weights, task.loads, axes=1) + 0.5 * task.loads.max(axis=0)
     copies = np.ones((task.layers, task.experts), dtype=np.int64)
     rows = np.arange(task.layers)
-    for _ in range(task.slots - task.experts):
+    for _ in range(hot):
         per_copy = np.where(copies < task.ep, heat / copies, -1.0)
         copies[rows, per_copy.argmax(axis=1)] += 1
+    for _ in range(task.slots - task.experts - hot):
+        added = np.where(copies < task.ep, _activity(task, copies + 1) - _activity(task, copies), np.inf)
+        copies[rows, added.argmin(axis=1)] += 1
     return copies
 
 
+def _activity(task: ExpertTask, copies: Ints) -> Floats:
+    """Return (layers, experts) weighted seconds to read an expert's active copies."""
+    total = np.zeros(copies.shape)
+    for weight, form, loads, tokens in zip(task.weights, task.forms, task.loads, task.tokens, strict=True):
+        total += (
+            weight * form.by_expert.mean() * copies * active_probability(loads / copies, tokens, task.top_k)
+        )
+    return total
+
+
 def start(task: ExpertTask) -> Ints:
-    """Return (layers, ep, slots per rank): heaviest copy first onto the rank where it costs least and is not yet."""
-    copies = choose_copies(task)
-    state = _State.empty(task, copies)
-    for place in range(task.slots):
-        state.put_next(place)
-    return state.slots()
+    """Return (layers, ep, slots per rank): heaviest copy first onto the rank where it costs least and is not yet.
+
+    Several shares of the redundant copies are given to hot experts; each layer keeps the share that comes out best.
+    """
+    redundant = task.slots - task.experts
+    best: Ints | None = None
+    value = np.full(task.layers, np.inf)
+    for hot in sorted({redundant * part // 4 for part in range(5)}, reverse=True):
+        state = _State.empty(task, choose_copies(task, hot))
+        for place in range(task.slots):
+            state.put_next(place)
+        slots = state.slots()
+        found = objective(task, slots)
+        better = found < value
+        best = slots if best is None else np.where(better[:, None, None], slots, best)
+        value = np.minimum(value, found)
+    assert best is not None
+    return best
 
 
 def improve(task: ExpertTask, slots: Ints, clock: Clock, rounds: int, keep: float = 0.0) -> Ints:
@@ -136,7 +167,9 @@ class _State:
             np.stack([form.combine_rate for form in forms]),
         )
         self.etp_rate = np.array([form.etp_rate for form in forms])
-        self.uniform = all(bool((rate == rate[:, :1]).all()) for rate in (*self.rates, *self.floors))
+        # Where every rank has like links, dispatch, combine and etp all follow the largest share: one term, not three.
+        self.merged = all(bool((rate == rate[:, :1]).all()) for rate in (*self.rates, *self.floors))
+        self.kinds = 2 if self.merged else 4
 
     @classmethod
     def empty(cls, task: ExpertTask, copies: Ints) -> _State:
@@ -181,43 +214,48 @@ class _State:
         return total
 
     def _terms(self, number: int, share: Floats, active: Floats, ranks: Ints | None = None) -> Floats:
-        """Return (..., 4) terms that each rank sets in one scenario; `ranks` picks the ranks of the last axis."""
+        """Return (..., kinds) terms that each rank sets in one scenario; `ranks` picks the ranks of the last axis."""
         pick = slice(None) if ranks is None else ranks
         by_bytes = self.activation[number][pick] * share + self.by_expert[number][pick] * active
-        return np.stack(
-            [
-                self.start[number][pick] + np.maximum(self.by_row[number][pick] * share, by_bytes),
-                np.maximum(self.floors[0][number][pick], self.rates[0][number][pick] * share),
-                np.maximum(self.floors[1][number][pick], self.rates[1][number][pick] * share),
-                self.etp_rate[number] * share,
-            ],
-            axis=-1,
-        )
+        result = np.empty((*share.shape, self.kinds))
+        result[..., 0] = self.start[number][pick] + np.maximum(self.by_row[number][pick] * share, by_bytes)
+        dispatch = np.maximum(self.floors[0][number][pick], self.rates[0][number][pick] * share)
+        combine = np.maximum(self.floors[1][number][pick], self.rates[1][number][pick] * share)
+        etp = self.etp_rate[number] * share
+        if self.merged:
+            result[..., 1] = dispatch + combine + etp
+        else:
+            result[..., 1], result[..., 2], result[..., 3] = dispatch, combine, etp
+        return result
 
     def swap(self, layers: Ints) -> NDArray[np.bool_]:
         """Make the best swap out of a rank that sets a term, on each of `layers`; return which layers got better.
 
-        For every layer the ranks that set the largest weighted terms of each scenario are tried against all other
-        slots. The new objective of a swap of ranks r and s is exact: each term is the maximum of what r and s then
-        set and of the largest that any third rank sets.
+        For every layer the ranks that set the largest weighted terms are tried, first against the slots of the ranks
+        that are least busy, then against all. The new objective of a swap of ranks r and s is exact: each term is the
+        maximum of what r and s then set and of the largest that any third rank sets.
         """
-        scenarios = len(self.weight)
         load = self.load[layers]
+        scenarios = len(self.weight)
         terms = (
             np.stack(
                 [self._terms(n, load[..., n], load[..., scenarios + n]) for n in range(scenarios)], axis=-2
             )
             * self.weight[:, None]
         )
-        # terms: (layers, ep, scenarios, 4) -> (layers, ep, terms)
+        # terms: (layers, ep, scenarios, kinds) -> (layers, ep, terms)
         terms = terms.reshape(len(layers), self.task.ep, -1)
         now = terms.max(axis=1).sum(axis=1)
         improved = np.zeros(len(layers), dtype=bool)
-        for hot in self._hot_ranks(terms):
+        hot_ranks = self._hot_ranks(terms)
+        idle = np.argsort(terms.sum(axis=2), axis=1, kind="stable")
+        tries = [(hot_ranks[0], idle[:, :PARTNERS])] if self.task.ep > 2 * PARTNERS else []
+        tries += [(hot, idle) for hot in hot_ranks]
+        for hot, partners in tries:
             todo = np.flatnonzero(~improved)
             if len(todo) == 0:
                 break
-            improved[todo] = self._swap_from(layers[todo], hot[todo], terms[todo], now[todo])
+            improved[todo] = self._swap_from(layers[todo], hot[todo], partners[todo], terms[todo], now[todo])
         return improved
 
     def _hot_ranks(self, terms: Floats) -> list[Ints]:
@@ -232,41 +270,55 @@ class _State:
             tries.append(setter[np.arange(len(terms)), order[:, position]])
         return tries
 
-    def _swap_from(self, layers: Ints, hot: Ints, terms: Floats, now: Floats) -> NDArray[np.bool_]:
+    def _swap_from(
+        self, layers: Ints, hot: Ints, partners: Ints, terms: Floats, now: Floats
+    ) -> NDArray[np.bool_]:
         task, scenarios = self.task, len(self.weight)
-        count = len(layers)
-        index = np.arange(count)
-        rank = self.rank[layers]
-        mine = np.argsort(rank != hot[:, None], axis=1, kind="stable")[:, : task.slots_per_rank]
+        count, index = len(layers), np.arange(len(layers))
+        by_rank = np.argsort(self.rank[layers], axis=1, kind="stable").reshape(
+            count, task.ep, task.slots_per_rank
+        )
+        mine = by_rank[index, hot]
+        other = by_rank[index[:, None], partners].reshape(count, -1)
+        rank = np.repeat(partners, task.slots_per_rank, axis=1)
         values = self.values[layers]
-        # (layers, mine, slots, values): what the hot rank gains when its slot goes out and the other comes in
-        delta = values[:, None, :, :] - values[index[:, None], mine][:, :, None, :]
+        # (layers, mine, others, values): what the hot rank gains when its slot goes out and the other comes in
+        delta = values[index[:, None], other][:, None, :, :] - values[index[:, None], mine][:, :, None, :]
         load = self.load[layers]
         hot_load = load[index, hot][:, None, None, :] + delta
         other_load = load[index[:, None], rank][:, None, :, :] - delta
         third = self._third_largest(terms, hot, rank)
-        hot_ranks = np.broadcast_to(hot[:, None, None], hot_load.shape[:3])
-        other_ranks = np.broadcast_to(rank[:, None, :], hot_load.shape[:3])
+        alike = self.merged and bool(
+            (self.by_row == self.by_row[:, :1]).all() and (self.start == self.start[:, :1]).all()
+        )
+        hot_ranks = None if alike else np.broadcast_to(hot[:, None, None], hot_load.shape[:3])
+        other_ranks = None if alike else np.broadcast_to(rank[:, None, :], hot_load.shape[:3])
         total = np.zeros(hot_load.shape[:3])
         for n in range(scenarios):
-            of_hot = self._terms(n, hot_load[..., n], hot_load[..., scenarios + n], hot_ranks)
-            of_other = self._terms(n, other_load[..., n], other_load[..., scenarios + n], other_ranks)
-            larger = np.maximum(of_hot, of_other) * self.weight[n]
-            rest = third[:, :, 4 * n : 4 * n + 4][:, None, :, :]
-            total += np.maximum(larger, rest).sum(axis=-1)
+            of_hot = self._terms_of(n, hot_load[..., n], hot_load[..., scenarios + n], hot_ranks)
+            of_other = self._terms_of(n, other_load[..., n], other_load[..., scenarios + n], other_ranks)
+            larger = np.maximum(of_hot, of_other, out=of_hot)
+            larger *= self.weight[n]
+            rest = third[:, :, self.kinds * n : self.kinds * (n + 1)][:, None, :, :]
+            total += np.maximum(larger, rest, out=larger).sum(axis=-1)
         expert = self.expert[layers]
-        mine_expert = expert[index[:, None], mine]
-        forbidden = rank[:, None, :] == hot[:, None, None]
-        forbidden = forbidden | (self.present[layers][index, hot][index[:, None], expert] > 0)[:, None, :]
-        there = self.present[layers][index[:, None, None], rank[:, None, :], mine_expert[:, :, None]] > 0
-        total = np.where(forbidden | there, np.inf, total)
-        flat = total.reshape(count, -1)
+        mine_expert, other_expert = expert[index[:, None], mine], expert[index[:, None], other]
+        present = self.present[layers]
+        forbidden = (present[index, hot][index[:, None], other_expert] > 0)[:, None, :] | (
+            rank == hot[:, None]
+        )[:, None, :]
+        there = present[index[:, None, None], rank[:, None, :], mine_expert[:, :, None]] > 0
+        flat = np.where(forbidden | there, np.inf, total).reshape(count, -1)
         best = flat.argmin(axis=1)
         better = flat[index, best] < now * (1 - 1e-9)
         for row in np.flatnonzero(better).tolist():
-            out, other = mine[row, best[row] // rank.shape[1]], best[row] % rank.shape[1]
-            self._exchange(int(layers[row]), int(out), int(other))
+            first, second = divmod(int(best[row]), other.shape[1])
+            self._exchange(int(layers[row]), int(mine[row, first]), int(other[row, second]))
         return np.asarray(better)
+
+    def _terms_of(self, number: int, share: Floats, active: Floats, ranks: Ints | None) -> Floats:
+        """Return terms as `_terms` does, for arrays whose last axis is not the ranks; None: all ranks are alike."""
+        return self._terms(number, share, active, np.zeros(1, dtype=np.int64) if ranks is None else ranks)
 
     def _third_largest(self, terms: Floats, hot: Ints, rank: Ints) -> Floats:
         """Return (layers, slots, terms): the largest of each term over ranks other than `hot` and the slot's own."""
@@ -315,7 +367,7 @@ def layer_bounds(task: ExpertTask) -> Floats:
 
     Each term of each scenario is bounded by itself: loads that sum to 1 cannot all be below the speed-weighted mean;
     the rank of the hottest copy carries at least that copy (and, without redundancy, the lightest experts beside it);
-    active experts are fewest with one copy each, and some rank reads at least the mean.
+    active slots are fewest as `fewest_active` has it, and some rank reads at least the mean.
     """
     total = np.zeros(task.layers)
     for number, form in enumerate(task.forms):
@@ -323,7 +375,7 @@ def layer_bounds(task: ExpertTask) -> Floats:
         hot = hottest_copy(loads, task.slots, task.ep)
         if task.slots == task.experts:
             hot = hot + np.sort(loads, axis=1)[:, : task.slots_per_rank - 1].sum(axis=1)
-        active = active_probability(loads, task.tokens[number], task.top_k).sum(axis=1)
+        active = fewest_active(task, number)
         by_row = np.maximum(_mean_bound(form.by_row), form.by_row.min() * hot)
         by_bytes = (form.activation.min() + form.by_expert.min() * active) / task.ep
         bound = form.start.min() + np.maximum(by_row, by_bytes)
@@ -337,6 +389,22 @@ def layer_bounds(task: ExpertTask) -> Floats:
         bound = bound + form.etp_start + form.etp_rate * np.maximum(1.0 / task.ep, hot)
         total += task.weights[number] * bound
     return total
+
+
+def fewest_active(task: ExpertTask, scenario: int) -> Floats:
+    """Return (layers,) the least possible sum of active probabilities over all slots of a layer.
+
+    With c copies an expert has c (1 - (1 - p / c) ^ tokens) active ones, which is concave in c, so every copy beyond the
+    first adds at least the slope from one copy to the most there can be; the redundant slots must be filled.
+    """
+    loads, tokens = task.loads[scenario], task.tokens[scenario]
+    single = active_probability(loads, tokens, task.top_k)
+    redundant = task.slots - task.experts
+    most = min(task.ep, redundant + 1)
+    if redundant == 0 or most < 2:
+        return np.asarray(single.sum(axis=1))
+    slope = (most * active_probability(loads / most, tokens, task.top_k) - single) / (most - 1)
+    return np.asarray(single.sum(axis=1) + redundant * slope.min(axis=1))
 
 
 def _mean_bound(rates: Floats) -> float:
@@ -360,23 +428,25 @@ def polish(
 ) -> Ints:
     """Return slots improved by CP-SAT on three ranks at a time: the one that sets most, and two drawn by seed.
 
-    A layer is left alone once it is within 0.05 % of its bound, or after `rounds` tries without gain.
+    A layer is left alone once it is within 0.05 % of its bound, or after `rounds` tries without gain; all are after
+    `PATIENCE` tries in a row that gained nothing anywhere.
     """
     slots = slots.copy()
     now = objective(task, slots)
     generator = np.random.default_rng([seed, 17])
+    barren = 0
     for layer in np.argsort(bounds / np.maximum(now, 1e-30), kind="stable").tolist():
         failures = 0
         while failures < rounds and now[layer] > bounds[layer] * 1.0005:
-            if clock.over(keep):
+            if barren >= PATIENCE or clock.over(keep):
                 return slots
             picked = _neighbourhood(task, slots[layer], layer, generator)
             better = _resolve(task, slots[layer], layer, picked, clock, seed)
             value = objective(_one_layer(task, layer), better[None])[0] if better is not None else np.inf
             if better is not None and value < now[layer] * (1 - 1e-9):
-                slots[layer], now[layer], failures = better, value, 0
+                slots[layer], now[layer], failures, barren = better, value, 0, 0
             else:
-                failures += 1
+                failures, barren = failures + 1, barren + 1
     return slots
 
 
@@ -444,7 +514,7 @@ def slot_model(task: ExpertTask, slots: Ints, ranks: list[int]):  # type: ignore
     objective_terms = []
     for n in range(scenarios):
         terms = state._terms(n, state.load[0, :, n], state.load[0, :, scenarios + n])
-        for kind in range(4):
+        for kind in range(state.kinds):
             scale = float(task.weights[n]) * cpsat.NANOSECONDS
             floor = max((terms[rank, kind] for rank in outside), default=0.0) * scale
             top = model.new_int_var(int(floor), int(terms[:, kind].max() * scale) * 3 + 1000, "")
@@ -473,7 +543,14 @@ def _linear_forms(state: _State, scenario: int, kind: int, rank: int) -> list[tu
             (start, float(state.by_row[scenario][rank]), 0.0),
             (start, float(state.activation[scenario][rank]), float(state.by_expert[scenario][rank])),
         ]
+    etp = float(state.etp_rate[scenario])
+    pairs = [
+        [(float(floors[scenario][rank]), 0.0), (0.0, float(rates[scenario][rank]))]
+        for floors, rates in zip(state.floors, state.rates, strict=True)
+    ]
+    if state.merged:
+        # A sum of two maxima is the maximum over the four sums.
+        return [(a + c, b + d + etp, 0.0) for a, b in pairs[0] for c, d in pairs[1]]
     if kind == 3:
-        return [(0.0, float(state.etp_rate[scenario]), 0.0)]
-    floor, rate = state.floors[kind - 1][scenario][rank], state.rates[kind - 1][scenario][rank]
-    return [(float(floor), 0.0, 0.0), (0.0, float(rate), 0.0)]
+        return [(0.0, etp, 0.0)]
+    return [(constant, rate, 0.0) for constant, rate in pairs[kind - 1]]

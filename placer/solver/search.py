@@ -206,7 +206,14 @@ class Search:
         needs = []
         for n, count in enumerate(counts):
             length = least if count is None else count
-            needs.append(min(memory.need(n, first, first + length) for first in range(layers - length + 1)))
+            # What a window needs depends on the kinds of its layers, so one window of each kind will do.
+            kinds = {
+                self.problem.model.group_of.index(group) for group in range(len(self.problem.model.groups))
+            }
+            firsts = {min(first, layers - length) for first in kinds} | {0, layers - length}
+            if length > 1:
+                firsts = set(range(layers - length + 1))
+            needs.append(min(memory.need(n, first, first + length) for first in firsts))
         return needs
 
     def _no_candidate(self) -> Result:

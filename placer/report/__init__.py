@@ -1,0 +1,1 @@
+"""Results and inputs for a person to read."""
