@@ -64,6 +64,17 @@ class Layout:
     ep_groups: tuple[EpGroup, ...]
     ep_types: NDArray[np.bool_]
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What two layouts that cost the same have in common, as something to look up by."""
+        groups = tuple(
+            sorted(
+                (group.seat.counts, group.seat.level, group.seat.bandwidth, group.neighbours.tobytes())
+                for group in self.ep_groups
+            )
+        )
+        return self.types, self.tp_seats, self.etp_seats, groups, self.ep_types.tobytes()
+
 
 @dataclass(frozen=True)
 class ExpertForms:

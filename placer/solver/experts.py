@@ -109,6 +109,7 @@ def start(task: ExpertTask) -> Ints:
         state = _State.empty(task, choose_copies(task, hot))
         for place in range(task.slots):
             state.put_next(place)
+        state.part_doubles()
         slots = state.slots()
         found = objective(task, slots)
         better = found < value
@@ -204,6 +205,18 @@ class _State:
         self.load[self.rows, rank] += values
         self.filled[self.rows, rank] += 1
         self.present[self.rows, rank, expert] += 1
+
+    def part_doubles(self) -> None:
+        """Swap away copies that had to go onto a rank with another copy of their expert, where they cost least."""
+        for layer, rank, expert in np.argwhere(self.present > 1).tolist():
+            slot = int(np.flatnonzero((self.rank[layer] == rank) & (self.expert[layer] == expert))[0])
+            others = np.flatnonzero(
+                (self.present[layer, self.rank[layer], expert] == 0)
+                & (self.present[layer, rank, self.expert[layer]] == 0)
+            )
+            if len(others):
+                gap = np.abs(self.values[layer, others] - self.values[layer, slot]).sum(axis=1)
+                self._exchange(layer, slot, int(others[gap.argmin()]))
 
     def _rank_costs(self, load: Floats) -> Floats:
         """Return (layers, ep) weighted time each rank would set by itself."""

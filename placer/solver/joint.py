@@ -102,18 +102,7 @@ class _Joint:
             if count > MAX_ARRANGEMENTS:
                 raise ValueError(f"{ranks} ranks on {len(gpus)} GPUs are too many for the joint model")
             layout = make_layout(problem, shape, np.array(choice))
-            key = (
-                layout.types,
-                layout.tp_seats,
-                layout.etp_seats,
-                tuple(
-                    sorted(
-                        (group.seat.counts, group.seat.level, group.neighbours.tobytes())
-                        for group in layout.ep_groups
-                    )
-                ),
-                layout.ep_types.tobytes(),
-            )
+            key = layout.key
             if key not in keys:
                 keys[key] = len(layouts)
                 layouts.append(layout)
@@ -367,8 +356,8 @@ class _Joint:
             )
         time = model.new_int_var(0, 10**14, "")
         shapes = self.shapes
-        for key, (literal, gpus) in sides[0].items():
-            for other, (partner, theirs) in sides[1].items():
+        for literal, gpus in sides[0].values():
+            for partner, theirs in sides[1].values():
                 before = StagePlan(0, 0, shapes[stage], np.array(gpus))
                 after = StagePlan(0, 0, shapes[stage + 1], np.array(theirs))
                 seconds = self.cost.send(n, before, after)

@@ -8,7 +8,7 @@ the model's own; it prices what no layout with those counts can beat.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -195,6 +195,81 @@ def _spanning_atom(problem: Problem, shape: Shape, free: Mask, tp_within: str | 
             for domain in np.flatnonzero(counts).tolist()
         ]
     )
+
+
+def improve(
+    problem: Problem,
+    seats: list[StageSeat],
+    gpus: list[Ints],
+    price: Callable[[list[Ints]], float],
+    budget: int,
+) -> list[Ints]:
+    """Return seats improved by moving or swapping single ranks, or whole atoms where there are many.
+
+    `price` gives the objective of seats, infinite where they break a rule; at most `budget` are asked for. GPUs of like
+    domain, type and room are interchangeable, so one of a kind is tried.
+    """
+    cluster = problem.cluster
+    kind = list(
+        zip(
+            cluster.levels[0].domain_of.tolist(),
+            cluster.type_of.tolist(),
+            problem.memory_limit.tolist(),
+            strict=True,
+        )
+    )
+    best, asked = price(gpus), 0
+    total = sum(len(row) for row in gpus)
+    better = True
+    while better and asked < budget:
+        better = False
+        for moved in _moves(problem, seats, gpus, kind, single=total <= 16):
+            if asked >= budget:
+                break
+            asked += 1
+            value = price(moved)
+            if value < best * (1 - 1e-9):
+                gpus, best, better = moved, value, True
+                break
+    return gpus
+
+
+def _moves(
+    problem: Problem,
+    seats: list[StageSeat],
+    gpus: list[Ints],
+    kind: list[tuple[int, int, int]],
+    *,
+    single: bool,
+) -> Iterator[list[Ints]]:
+    """Yield seats with one unit (a rank, or an atom) moved to unused GPUs of one kind, or swapped with another unit."""
+    units = [
+        (stage, place, 1 if single else seats[stage].shape.atom)
+        for stage, row in enumerate(gpus)
+        for place in range(0, len(row), 1 if single else seats[stage].shape.atom)
+    ]
+    used = set(np.concatenate(gpus).tolist())
+    spare: dict[tuple[int, int, int], list[int]] = {}
+    for gpu in np.flatnonzero(problem.allowed).tolist():
+        if gpu not in used:
+            spare.setdefault(kind[gpu], []).append(gpu)
+
+    def kinds_of(stage: int, place: int, size: int) -> list[tuple[int, int, int]]:
+        return [kind[gpu] for gpu in gpus[stage][place : place + size].tolist()]
+
+    for number, (stage, place, size) in enumerate(units):
+        own = kinds_of(stage, place, size)
+        for other_kind, free in spare.items():
+            if len(free) >= size and own != [other_kind] * size:
+                moved = [row.copy() for row in gpus]
+                moved[stage][place : place + size] = free[:size]
+                yield moved
+        for other_stage, other_place, other_size in units[number + 1 :]:
+            if other_size == size and own != kinds_of(other_stage, other_place, size):
+                moved = [row.copy() for row in gpus]
+                moved[stage][place : place + size] = gpus[other_stage][other_place : other_place + size]
+                moved[other_stage][other_place : other_place + size] = gpus[stage][place : place + size]
+                yield moved
 
 
 def by_counts(problem: Problem, seats: list[StageSeat], counts: list[list[Ints]]) -> list[Ints] | None:

@@ -18,22 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer import verify
-from placer.cost.latency import CostModel, Layout, make_layout
-from placer.errors import SolverError
+from placer.cost.latency import CostModel, make_layout
+from placer.errors import InputError, SolverError
 from placer.placement import Plan, StagePlan
 from placer.problem import Problem
 from placer.solver import experts, ranks, stages
-from placer.solver.bound import Ideal, StrategyBound, ideal_for, ideal_of
+from placer.solver.bound import Ideal, StrategyBound, ideal_for
 from placer.solver.clock import Clock
-from placer.solver.experts import ExpertTask
-from placer.solver.ranks import StageSeat
 from placer.solver.ranks_model import solve_counts
+from placer.solver.seating import Seater, Seating, expert_task
 from placer.spec.units import format_bytes
 from placer.strategy import Strategy, enumerate_strategies
 
 Ints = NDArray[np.int64]
 
-MAX_CANDIDATES = 4000
+MAX_CANDIDATES = 10_000
 SCOUTS = 40
 REFINED = 6
 OPTIMAL_GAP = 1e-6
@@ -116,9 +115,11 @@ class Search:
         self._refine(candidates)
         bound = min(min(candidate.bound for candidate in candidates), self._best_value())
         if self.best is None or self.best.plan is None:
-            status: Literal["out of time", "nothing found"] = (
-                "out of time" if self.clock.cut_short else "nothing found"
-            )
+            status: Literal["out of time", "nothing found", "infeasible"] = "nothing found"
+            if self.clock.cut_short or self.clock.interrupted:
+                status = "out of time"
+            elif bound == float("inf"):
+                status = "infeasible"
             return Result(
                 status, None, None, bound, len(candidates), self.clock.cut_short, self._reasons(), candidates
             )
@@ -150,7 +151,11 @@ class Search:
         strategies = enumerate_strategies(problem.model, problem.request, problem.gpu_budget, problem.slots)
         for number, strategy in enumerate(strategies):
             if number >= MAX_CANDIDATES:
-                raise SolverError(f"more than {MAX_CANDIDATES} strategies; fix some degrees")
+                raise InputError(
+                    f"leaves more than {MAX_CANDIDATES} strategies to try; fix some degrees",
+                    file=problem.file,
+                    key="strategy",
+                )
             candidate = self._candidate(strategy)
             if candidate is not None:
                 found.append(candidate)
@@ -246,104 +251,33 @@ class Search:
 
     def _build(self, candidate: Candidate) -> None:
         """Give a candidate its first plan: layers to stages, ranks to GPUs, experts to slots by the quick ways."""
-        split = self._split(candidate)
-        if split is None:
-            candidate.note = "no split of the layers fits the memory"
-            self.refused["has no split of the layers that fits the memory"] += 1
-            candidate.refined = True
-            candidate.bound = float("inf") if len(candidate.strategy.stages) == 1 else candidate.bound
-            return
-        seats = self._seats(candidate, split)
-        best: tuple[float, list[Ints]] | None = None
-        for gpus in self._rank_starts(seats):
-            value = self._seat_value(seats, gpus)
-            if best is None or value < best[0] - 1e-15:
-                best = (value, gpus)
-        if best is None:
-            candidate.note = "no way to seat its ranks was found"
-            self.refused["was given no seats for its ranks by the quick ways"] += 1
-            return
-        self._offer(
-            candidate, seats, best[1], self._experts(seats, best[1], rounds=60, keep=0.4 * self.clock.limit)
-        )
-
-    def _split(self, candidate: Candidate) -> list[int] | None:
-        problem, shapes = self.problem, candidate.strategy.stages
+        shapes = candidate.strategy.stages
+        seater = self._seater(candidate)
         costs = self.bounds.costs(shapes, candidate.ideals)
-        memory = stages.StageMemory(problem, shapes)
-        limits = stages.memory_limits(problem, shapes)
-        edges = stages.start(problem, shapes, costs, candidate.counts, memory, limits)
+        limits = stages.memory_limits(self.problem, shapes)
+        edges = stages.best_start(self.problem, shapes, costs, candidate.counts, seater.memory, limits)
         if edges is None:
-            return None
+            # Every split was tried against the roomiest GPUs there are: this is a proof.
+            self._refuse(candidate, "has no split of its layers that fits the memory")
+            candidate.bound = float("inf")
+            return
         edges, bound = stages.improve(
-            problem, shapes, costs, candidate.counts, memory, limits, edges, self.clock, self.seed
+            self.problem, shapes, costs, candidate.counts, seater.memory, limits, edges, self.clock, self.seed
         )
         candidate.bound = max(candidate.bound, bound)
-        return edges
+        seating = seater.best(costs, edges)
+        if seating is None:
+            self._refuse(candidate, "was given no seats for its ranks by the ways that were tried")
+            return
+        placed = self._experts(candidate, seating, rounds=30, keep=0.4 * self.clock.limit)
+        self._offer(candidate, seating, placed)
 
-    def _seats(self, candidate: Candidate, edges: list[int]) -> list[StageSeat]:
-        shapes = candidate.strategy.stages
-        memory = stages.StageMemory(self.problem, shapes)
-        return [
-            StageSeat(shape, memory.need(n, edges[n], edges[n + 1]), (edges[n], edges[n + 1]))
-            for n, shape in enumerate(shapes)
-        ]
+    def _refuse(self, candidate: Candidate, reason: str) -> None:
+        candidate.note, candidate.refined = reason, True
+        self.refused[reason] += 1
 
-    def _rank_starts(self, seats: list[StageSeat]) -> list[list[Ints]]:
-        found = []
-        for mask in ranks.type_choices(self.problem, self.cost, seats):
-            for even in (True, False):
-                gpus = ranks.start(self.problem, seats, mask, even=even)
-                if gpus is not None and self._allowed(seats, gpus):
-                    found.append(gpus)
-        return found
-
-    def _allowed(self, seats: list[StageSeat], gpus: list[Ints]) -> bool:
-        """Whether seats keep the requirements on where groups sit."""
-        requirements, levels = self.problem.requirements, self.problem.cluster.levels
-        for seat, row in zip(seats, gpus, strict=True):
-            groups = []
-            if requirements.tp_within is not None:
-                groups.append(
-                    (self.problem.level_number(requirements.tp_within), row.reshape(-1, seat.shape.tp))
-                )
-            if requirements.ep_within is not None:
-                groups.append(
-                    (self.problem.level_number(requirements.ep_within), row.reshape(-1, seat.shape.ep_group))
-                )
-            for level, members in groups:
-                domain = levels[level].domain_of[members]
-                if (domain != domain[:, :1]).any():
-                    return False
-        return True
-
-    def _seat_value(self, seats: list[StageSeat], gpus: list[Ints]) -> float:
-        """Return the objective with expert terms at their bounds: what a choice of GPUs is judged by."""
-        problem, total = self.problem, 0.0
-        plans = [StagePlan(*seat.layers, seat.shape, row) for seat, row in zip(seats, gpus, strict=True)]
-        layouts = [make_layout(problem, plan.shape, plan.gpus) for plan in plans]
-        for n, scenario in enumerate(problem.scenarios):
-            cycles = []
-            for place, (plan, layout) in enumerate(zip(plans, layouts, strict=True)):
-                own = self._stage_value(n, plan, layout, place == 0, place == len(plans) - 1)
-                if place + 1 < len(plans):
-                    own += self.cost.send(n, plan, plans[place + 1])
-                cycles.append(own)
-            total += float(problem.weights[n]) * (sum(cycles) + (scenario.micro_batches - 1) * max(cycles))
-        return total
-
-    def _stage_value(self, n: int, plan: StagePlan, layout: Layout, first: bool, last: bool) -> float:
-        total = 0.0
-        for group, layers in self._by_group(plan).items():
-            total += len(layers) * sum(self.cost.dense_terms(n, group, plan.shape, layout.types).values())
-            total += len(layers) * self.cost.collective_terms(
-                n, group, plan.shape, (layout.types, layout.tp_seats)
-            )
-            if self.problem.model.groups[group].moe:
-                task = self._task(plan, layout, group, layers, only=n)
-                total += float(experts.layer_bounds(task).sum())
-        edges = self.cost.edge_terms(n, plan.shape, layout.types, layout.tp_seats)
-        return total + first * edges["embedding"] + last * edges["head"]
+    def _seater(self, candidate: Candidate) -> Seater:
+        return Seater(self.problem, self.cost, candidate.strategy.stages, candidate.counts)
 
     def _by_group(self, plan: StagePlan) -> dict[int, list[int]]:
         groups: dict[int, list[int]] = {}
@@ -351,27 +285,10 @@ class Search:
             groups.setdefault(self.problem.model.group_of[layer], []).append(layer)
         return groups
 
-    def _task(
-        self, plan: StagePlan, layout: Layout, group: int, layers: list[int], only: int | None = None
-    ) -> ExpertTask:
-        problem = self.problem
-        chosen = range(len(problem.scenarios)) if only is None else [only]
-        moe = problem.model.groups[group].moe
-        assert moe is not None
-        return ExpertTask(
-            loads=problem.loads[list(chosen)][:, layers],
-            forms=tuple(self.cost.expert_forms(n, group, plan.shape, layout) for n in chosen),
-            weights=problem.weights if only is None else np.ones(1),
-            tokens=tuple(self.cost.tokens(n, plan.shape).block for n in chosen),
-            top_k=moe.top_k,
-            ep=plan.shape.ep,
-            slots_per_rank=problem.slots // plan.shape.ep,
-        )
-
     def _experts(
         self,
-        seats: list[StageSeat],
-        gpus: list[Ints],
+        candidate: Candidate,
+        seating: Seating,
         *,
         rounds: int,
         keep: float,
@@ -380,36 +297,29 @@ class Search:
     ) -> dict[int, Ints]:
         """Return the slots of every MoE layer: improved from `before` where given, else from the start."""
         result: dict[int, Ints] = {}
-        for seat, row in zip(seats, gpus, strict=True):
-            plan = StagePlan(*seat.layers, seat.shape, row)
-            layout = make_layout(self.problem, seat.shape, row)
+        for plan in _stage_plans(candidate, seating):
+            layout = make_layout(self.problem, plan.shape, plan.gpus)
             for group, layers in self._by_group(plan).items():
                 if not self.problem.model.groups[group].moe:
                     continue
-                task = self._task(plan, layout, group, layers)
+                task = expert_task(self.problem, self.cost, plan.shape, layout, group, layers)
                 slots = np.stack([before[layer] for layer in layers]) if before else experts.start(task)
                 slots = experts.improve(task, slots, self.clock, rounds, keep)
                 if polish_rounds:
+                    bounds = experts.layer_bounds(task)
                     slots = experts.polish(
-                        task,
-                        slots,
-                        experts.layer_bounds(task),
-                        self.clock,
-                        seed=self.seed,
-                        rounds=polish_rounds,
-                        keep=keep,
+                        task, slots, bounds, self.clock, seed=self.seed, rounds=polish_rounds, keep=keep
                     )
                 result |= dict(zip(layers, slots, strict=True))
         return result
 
-    def _offer(
-        self, candidate: Candidate, seats: list[StageSeat], gpus: list[Ints], placed: dict[int, Ints]
-    ) -> None:
+    def _offer(self, candidate: Candidate, seating: Seating, placed: dict[int, Ints]) -> None:
         """Price a plan; keep it if it is the candidate's best, and the best of all if it is that."""
-        plan = Plan(
-            tuple(StagePlan(*seat.layers, seat.shape, row) for seat, row in zip(seats, gpus, strict=True)),
-            placed,
-        )
+        plan = Plan(_stage_plans(candidate, seating), placed)
+        broken = verify.broken_decisions(self.problem, plan)
+        if broken:
+            self._refuse(candidate, f"failed placer's own check as built: {broken[0].message}")
+            return
         latencies = self.cost.price(plan)
         value = self.cost.objective(latencies)
         for scenario, latency in zip(self.problem.scenarios, latencies, strict=True):
@@ -426,7 +336,7 @@ class Search:
             )
         if value < candidate.objective:
             candidate.plan, candidate.objective = plan, value
-        if value < self._best_value() * (1 - 1e-12) and not verify.broken_decisions(self.problem, plan):
+        if value < self._best_value() * (1 - 1e-12):
             self.best = candidate
 
     # 3. refine
@@ -448,24 +358,23 @@ class Search:
         assert candidate.plan is not None
         plan = candidate.plan
         edges = [plan.stages[0].first, *[stage.last for stage in plan.stages]]
-        seats = self._seats(candidate, edges)
-        gpus = [stage.gpus for stage in plan.stages]
+        seater = self._seater(candidate)
+        seating = Seating([stage.gpus for stage in plan.stages], edges, candidate.objective)
         keep = 0.1 * self.clock.limit
         placed = plan.experts
         if candidate.objective > candidate.bound * (1 + OPTIMAL_GAP):
-            better = self._rank_model(candidate, seats, gpus)
+            better = self._rank_model(candidate, seater, seating)
             if better is not None:
-                gpus, placed = better, self._experts(seats, better, rounds=60, keep=keep)
+                seating, placed = better, self._experts(candidate, better, rounds=30, keep=keep)
         if placed:
-            placed = self._experts(seats, gpus, rounds=600, keep=keep, polish_rounds=2, before=placed)
-        self._offer(candidate, seats, gpus, placed)
+            placed = self._experts(candidate, seating, rounds=600, keep=keep, polish_rounds=2, before=placed)
+        self._offer(candidate, seating, placed)
         candidate.refined = True
 
-    def _rank_model(
-        self, candidate: Candidate, seats: list[StageSeat], gpus: list[Ints]
-    ) -> list[Ints] | None:
+    def _rank_model(self, candidate: Candidate, seater: Seater, seating: Seating) -> Seating | None:
         """Ask CP-SAT for better counts, and raise the candidate's bound by what it proves; None for no better seats."""
         problem = self.problem
+        seats = seater.seats(seating.edges)
         answer = solve_counts(
             problem, self.cost, self.bounds, seats, self.clock, workers=self.workers, seed=self.seed
         )
@@ -473,18 +382,18 @@ class Search:
             return None
         if None not in candidate.counts:
             rest = self.bounds.costs(candidate.strategy.stages, candidate.ideals, seated=False)
-            candidate.bound = min(
-                max(candidate.bound, self.bounds.total(rest, candidate.counts) + answer.bound * (1 - 1e-9)),
-                candidate.objective,
-            )
-        if answer.counts is None:
+            proven = self.bounds.total(rest, candidate.counts) + answer.bound * (1 - 1e-9)
+            candidate.bound = min(max(candidate.bound, proven), candidate.objective)
+        named = None if answer.counts is None else ranks.by_counts(problem, seats, answer.counts)
+        better = None if named is None else seater.price(named)
+        now = seater.price(seating.gpus)
+        if better is None or now is None or better.value >= now.value * (1 - 1e-9):
             return None
-        named = ranks.by_counts(problem, seats, answer.counts)
-        if named is None or not self._allowed(seats, named):
-            return None
-        return named if self._seat_value(seats, named) < self._seat_value(seats, gpus) * (1 - 1e-9) else None
+        return better
 
 
-def eligible_ideal(problem: Problem, seat: StageSeat) -> Ideal:
-    """Return what the cluster offers one stage."""
-    return ideal_of(problem, ranks.eligible(problem, seat))
+def _stage_plans(candidate: Candidate, seating: Seating) -> tuple[StagePlan, ...]:
+    return tuple(
+        StagePlan(seating.edges[n], seating.edges[n + 1], shape, row)
+        for n, (shape, row) in enumerate(zip(candidate.strategy.stages, seating.gpus, strict=True))
+    )

@@ -6,8 +6,11 @@ several scenarios and for stages of different shapes. Bound: the model's own, or
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,6 +69,22 @@ def memory_limits(problem: Problem, shapes: tuple[Shape, ...]) -> list[int]:
     return [int(limits[shape.ranks - 1]) if shape.ranks <= len(limits) else -1 for shape in shapes]
 
 
+def shared_limits(problem: Problem, shapes: tuple[Shape, ...]) -> Iterator[list[int]]:
+    """Yield limits by stage when the stages must share the GPUs: one stage after the other takes the roomiest left.
+
+    Several orders of the stages are tried: all of them for up to three stages, else forwards and backwards.
+    """
+    limits = np.sort(problem.memory_limit[problem.allowed])[::-1]
+    stages = range(len(shapes))
+    orders = list(permutations(stages)) if len(shapes) <= 3 else [tuple(stages), tuple(reversed(stages))]
+    for order in orders:
+        result, taken = [0] * len(shapes), 0
+        for stage in order:
+            taken += shapes[stage].ranks
+            result[stage] = int(limits[taken - 1]) if taken <= len(limits) else -1
+        yield result
+
+
 def start(
     problem: Problem,
     shapes: tuple[Shape, ...],
@@ -73,8 +92,11 @@ def start(
     counts: list[int | None],
     memory: StageMemory,
     limits: list[int],
+    combine: Literal["max", "sum"] = "max",
 ) -> list[int] | None:
     """Return the boundaries of the split whose slowest stage is quickest among those that fit; None when none fits.
+
+    With `combine="sum"` the sum of all stages is least instead, which is what counts where nothing is pipelined.
 
     `counts` fixes the number of layers of a stage where it is not None; `limits` are bytes per rank by stage. Stages
     of a uniform pipeline hold at least one layer.
@@ -94,7 +116,8 @@ def start(
             for last in lasts:
                 if last > layers or memory.need(stage, first, last) > limits[stage]:
                     break
-                value = max(best[stage, first], fixed[stage] + prefix[stage, last] - prefix[stage, first])
+                own = fixed[stage] + prefix[stage, last] - prefix[stage, first]
+                value = max(best[stage, first], own) if combine == "max" else best[stage, first] + own
                 if value < best[stage + 1, last] - 1e-15:
                     best[stage + 1, last], back[stage + 1, last] = value, first
     if not np.isfinite(best[stages, layers]):
@@ -103,6 +126,27 @@ def start(
     for stage in range(stages, 0, -1):
         edges.append(int(back[stage, edges[-1]]))
     return edges[::-1]
+
+
+def best_start(
+    problem: Problem,
+    shapes: tuple[Shape, ...],
+    costs: StageCosts,
+    counts: list[int | None],
+    memory: StageMemory,
+    limits: list[int],
+) -> list[int] | None:
+    """Return the cheaper of the two starts by `split_cost`, the evener one where they cost the same."""
+    ways: list[Literal["max", "sum"]] = ["max", "sum"]
+    found = [
+        edges
+        for way in ways
+        if (edges := start(problem, shapes, costs, counts, memory, limits, way)) is not None
+    ]
+    if not found:
+        return None
+    values = [split_cost(problem, costs, edges) for edges in found]
+    return found[1] if len(found) > 1 and values[1] < values[0] * (1 - 1e-9) else found[0]
 
 
 def improve(
