@@ -262,11 +262,19 @@ def _check_request(problem: Problem, document: Document) -> None:
             ("strategy", "stages"),
             f"give {fixed} layers to the stages, but {model.name} has {model.layer_count}",
         )
+    first: int | None = 0
     for number, stage in enumerate(request.stages):
         shape = stage.shape()
+        # Which layers a stage holds is known as long as every stage before it says how many it has.
+        layers = (
+            range(first, first + stage.layers) if first is not None and stage.layers is not None else None
+        )
+        first = layers.stop if layers is not None else None
         # A stage without layers holds the embedding or the head only, so experts do not limit its shape.
         reason = (
-            shape_problem(model, shape, slots) if stage.layers != 0 else _vocabulary_problem(model, shape)
+            _vocabulary_problem(model, shape)
+            if stage.layers == 0
+            else shape_problem(model, shape, slots, layers)
         )
         if reason:
             raise document.error(("strategy", "stages", number), reason)

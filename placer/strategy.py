@@ -227,13 +227,19 @@ def parse_strategy_name(text: str) -> dict[str, Any]:
     return fields
 
 
-def shape_problem(model: ModelCard, shape: Shape, slots: int) -> str | None:
+def shape_problem(
+    model: ModelCard, shape: Shape, slots: int, layers: Iterable[int] | None = None
+) -> str | None:
     """Return why a model cannot be split by these degrees, or None when it can.
 
-    `slots` is experts + redundant copies per MoE layer.
+    `slots` is experts + redundant copies per MoE layer. `layers` are those that the stage holds, all by default;
+    experts limit the shape only of a stage that holds some.
     """
+    groups = (
+        model.groups if layers is None else [model.groups[g] for g in {model.group_of[n] for n in layers}]
+    )
     moe = model.moe
-    for group in model.groups:
+    for group in groups:
         if group.attention.heads % shape.tp:
             return f"tp {shape.tp} does not divide the {group.attention.heads} attention heads"
         kv_heads = group.attention.kv_heads
@@ -245,6 +251,8 @@ def shape_problem(model: ModelCard, shape: Shape, slots: int) -> str | None:
             return f"etp {shape.etp} does not divide the expert width {group.moe.width}"
     if moe is None:
         return None if shape.ep_group == 1 else "the model has no experts, so ep and etp must be 1"
+    if not any(group.moe for group in groups):
+        return None
     if slots % shape.ep:
         return f"ep {shape.ep} does not divide the {slots} expert slots of a layer"
     if slots > moe.experts * shape.ep:

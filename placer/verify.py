@@ -126,7 +126,8 @@ def _strategy(strategy: StrategyRecord, shapes: list[Shape], problem: Problem) -
     for number, (stage, shape) in enumerate(zip(strategy.stages, shapes, strict=True)):
         if stage.layers[0] == stage.layers[1]:
             continue
-        reason = shape_problem(problem.model, shape, problem.slots)
+        held = range(max(0, stage.layers[0]), min(stage.layers[1], problem.model.layer_count))
+        reason = shape_problem(problem.model, shape, problem.slots, held)
         if reason:
             yield Finding("strategy.divides", f"stage {number}", reason)
 

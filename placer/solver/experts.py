@@ -2,19 +2,17 @@
 
 Layers do not share anything once slots per EP rank are equal, so all layers of a stage are improved side by side in
 numpy. Start: copies to the expert with most load per copy, then heaviest copy first onto the cheapest rank. Improve:
-pairwise swaps out of the rank that sets a term. Then CP-SAT re-solves the rank that sets a term with two others.
-Bound: see `layer_bounds`.
+pairwise swaps out of the rank that sets a term. Bound: see `layer_bounds`. CP-SAT: see `experts_model`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from placer.cost.latency import ExpertForms, active_probability, rank_loads
-from placer.solver import cpsat
 from placer.solver.clock import Clock
 
 Floats = NDArray[np.float64]
@@ -22,8 +20,6 @@ Ints = NDArray[np.int64]
 
 #: Least busy ranks that a swap is tried with first.
 PARTNERS = 6
-#: CP-SAT neighbourhoods without gain after which no more are tried.
-PATIENCE = 8
 
 
 @dataclass(frozen=True)
@@ -45,17 +41,21 @@ class ExpertTask:
     @property
     def layers(self) -> int:
         """How many layers."""
-        return self.loads.shape[1]
+        return int(self.loads.shape[1])
 
     @property
     def experts(self) -> int:
         """Experts of a layer."""
-        return self.loads.shape[2]
+        return int(self.loads.shape[2])
 
     @property
     def slots(self) -> int:
         """Slots of a layer."""
         return self.ep * self.slots_per_rank
+
+    def layer(self, number: int) -> ExpertTask:
+        """Return the task of one of the layers alone."""
+        return replace(self, loads=self.loads[:, number : number + 1])
 
 
 def objective(task: ExpertTask, slots: Ints) -> Floats:
@@ -106,7 +106,7 @@ def start(task: ExpertTask) -> Ints:
     best: Ints | None = None
     value = np.full(task.layers, np.inf)
     for hot in sorted({redundant * part // 4 for part in range(5)}, reverse=True):
-        state = _State.empty(task, choose_copies(task, hot))
+        state = SlotState.empty(task, choose_copies(task, hot))
         for place in range(task.slots):
             state.put_next(place)
         state.part_doubles()
@@ -121,7 +121,7 @@ def start(task: ExpertTask) -> Ints:
 
 def improve(task: ExpertTask, slots: Ints, clock: Clock, rounds: int, keep: float = 0.0) -> Ints:
     """Return slots improved by swaps, at most `rounds` on each layer, until no swap helps or time is up."""
-    state = _State.of(task, slots)
+    state = SlotState.of(task, slots)
     active = np.ones(task.layers, dtype=bool)
     for step in range(rounds):
         if step % 8 == 0 and clock.over(keep):
@@ -133,7 +133,7 @@ def improve(task: ExpertTask, slots: Ints, clock: Clock, rounds: int, keep: floa
     return state.slots()
 
 
-class _State:
+class SlotState:
     """Slots of all layers with the loads of every rank, kept up to date through puts and swaps.
 
     A slot has `2 * scenarios` values: its share of routed tokens and its chance to be active, for each scenario.
@@ -173,12 +173,14 @@ class _State:
         self.kinds = 2 if self.merged else 4
 
     @classmethod
-    def empty(cls, task: ExpertTask, copies: Ints) -> _State:
+    def empty(cls, task: ExpertTask, copies: Ints) -> SlotState:
+        """Return a state with these copies and nothing placed."""
         expert, values = _slot_values(task, copies)
         return cls(task, expert, values, np.full_like(expert, -1))
 
     @classmethod
-    def of(cls, task: ExpertTask, slots: Ints) -> _State:
+    def of(cls, task: ExpertTask, slots: Ints) -> SlotState:
+        """Return the state of slots (layers, ep, slots per rank)."""
         flat = slots.reshape(task.layers, -1)
         copies = np.zeros((task.layers, task.experts), dtype=np.int64)
         np.add.at(copies, (np.arange(task.layers)[:, None], flat), 1)
@@ -196,7 +198,7 @@ class _State:
         """Put slot number `place` of every layer on the rank whose load it raises least, among ranks with room."""
         task = self.task
         expert, values = self.expert[:, place], self.values[:, place]
-        costs = self._rank_costs(self.load + values[:, None, :])
+        costs = self.rank_costs(self.load + values[:, None, :])
         full = self.filled >= task.slots_per_rank
         twice = self.present[self.rows, :, expert] > 0
         costs = costs + np.where(full, np.inf, 0.0) + np.where(twice, 1e6, 0.0)
@@ -218,15 +220,15 @@ class _State:
                 gap = np.abs(self.values[layer, others] - self.values[layer, slot]).sum(axis=1)
                 self._exchange(layer, slot, int(others[gap.argmin()]))
 
-    def _rank_costs(self, load: Floats) -> Floats:
+    def rank_costs(self, load: Floats) -> Floats:
         """Return (layers, ep) weighted time each rank would set by itself."""
         share, active = load[..., self.share], load[..., self.active]
         total = np.zeros(load.shape[:-1])
         for number, weight in enumerate(self.weight):
-            total += weight * self._terms(number, share[..., number], active[..., number]).sum(axis=-1)
+            total += weight * self.terms(number, share[..., number], active[..., number]).sum(axis=-1)
         return total
 
-    def _terms(self, number: int, share: Floats, active: Floats, ranks: Ints | None = None) -> Floats:
+    def terms(self, number: int, share: Floats, active: Floats, ranks: Ints | None = None) -> Floats:
         """Return (..., kinds) terms that each rank sets in one scenario; `ranks` picks the ranks of the last axis."""
         pick = slice(None) if ranks is None else ranks
         by_bytes = self.activation[number][pick] * share + self.by_expert[number][pick] * active
@@ -252,7 +254,7 @@ class _State:
         scenarios = len(self.weight)
         terms = (
             np.stack(
-                [self._terms(n, load[..., n], load[..., scenarios + n]) for n in range(scenarios)], axis=-2
+                [self.terms(n, load[..., n], load[..., scenarios + n]) for n in range(scenarios)], axis=-2
             )
             * self.weight[:, None]
         )
@@ -331,7 +333,7 @@ class _State:
 
     def _terms_of(self, number: int, share: Floats, active: Floats, ranks: Ints | None) -> Floats:
         """Return terms as `_terms` does, for arrays whose last axis is not the ranks; None: all ranks are alike."""
-        return self._terms(number, share, active, np.zeros(1, dtype=np.int64) if ranks is None else ranks)
+        return self.terms(number, share, active, np.zeros(1, dtype=np.int64) if ranks is None else ranks)
 
     def _third_largest(self, terms: Floats, hot: Ints, rank: Ints) -> Floats:
         """Return (layers, slots, terms): the largest of each term over ranks other than `hot` and the slot's own."""
@@ -434,136 +436,3 @@ def hottest_copy(loads: Floats, slots: int, ep: int) -> Floats:
         per_copy = np.where(copies < ep, loads / copies, -1.0)
         copies[rows, per_copy.argmax(axis=1)] += 1
     return np.asarray((loads / copies).max(axis=1))
-
-
-def polish(
-    task: ExpertTask, slots: Ints, bounds: Floats, clock: Clock, *, seed: int, rounds: int, keep: float
-) -> Ints:
-    """Return slots improved by CP-SAT on three ranks at a time: the one that sets most, and two drawn by seed.
-
-    A layer is left alone once it is within 0.05 % of its bound, or after `rounds` tries without gain; all are after
-    `PATIENCE` tries in a row that gained nothing anywhere.
-    """
-    slots = slots.copy()
-    now = objective(task, slots)
-    generator = np.random.default_rng([seed, 17])
-    barren = 0
-    for layer in np.argsort(bounds / np.maximum(now, 1e-30), kind="stable").tolist():
-        failures = 0
-        while failures < rounds and now[layer] > bounds[layer] * 1.0005:
-            if barren >= PATIENCE or clock.over(keep):
-                return slots
-            picked = _neighbourhood(task, slots[layer], layer, generator)
-            better = _resolve(task, slots[layer], layer, picked, clock, seed)
-            value = objective(_one_layer(task, layer), better[None])[0] if better is not None else np.inf
-            if better is not None and value < now[layer] * (1 - 1e-9):
-                slots[layer], now[layer], failures, barren = better, value, 0, 0
-            else:
-                failures, barren = failures + 1, barren + 1
-    return slots
-
-
-def _one_layer(task: ExpertTask, layer: int) -> ExpertTask:
-    return ExpertTask(
-        task.loads[:, layer : layer + 1],
-        task.forms,
-        task.weights,
-        task.tokens,
-        task.top_k,
-        task.ep,
-        task.slots_per_rank,
-    )
-
-
-def _neighbourhood(task: ExpertTask, slots: Ints, layer: int, generator: np.random.Generator) -> list[int]:
-    state = _State.of(_one_layer(task, layer), slots[None])
-    costs = state._rank_costs(state.load)[0]
-    hot = int(costs.argmax())
-    others = [rank for rank in range(task.ep) if rank != hot]
-    drawn = generator.choice(others, size=min(2, len(others)), replace=False).tolist()
-    return [hot, *sorted(drawn)]
-
-
-def _resolve(
-    task: ExpertTask, slots: Ints, layer: int, ranks: list[int], clock: Clock, seed: int
-) -> Ints | None:
-    """Return the slots of one layer with those of `ranks` dealt anew among them by CP-SAT; None when it finds none."""
-    model, assigned = slot_model(_one_layer(task, layer), slots[None], ranks)
-    answer = cpsat.solve(model, clock, seconds=2.0, work=0.1, seed=seed, gap=1e-5)
-    if not answer.found:
-        return None
-    better = slots.copy()
-    for rank in ranks:
-        better[rank] = sorted(
-            expert
-            for expert, place, literal in assigned
-            if place == rank and answer.solver.boolean_value(literal)
-        )
-    return better
-
-
-def slot_model(task: ExpertTask, slots: Ints, ranks: list[int]):  # type: ignore[no-untyped-def]
-    """Return the exact model of one layer with every slot outside `ranks` fixed, and its literals.
-
-    Literals are (expert, rank, literal): a copy of the expert is on the rank. Copies per expert stay as they are in
-    `slots` (1, ep, slots per rank). Objective in nanoseconds: the weighted sum over scenarios of the terms' maxima.
-    """
-    from ortools.sat.python import cp_model
-
-    state = _State.of(task, slots)
-    model = cp_model.CpModel()
-    experts, counts = np.unique(slots[0][ranks], return_counts=True)
-    values = {int(e): state.values[0][int(np.flatnonzero(state.expert[0] == e)[0])] for e in experts}
-    assigned = [(int(e), rank, model.new_bool_var("")) for e in experts for rank in ranks]
-    held = {(e, rank): bool((slots[0][rank] == e).any()) for e, rank, _ in assigned}
-    for e, count in zip(experts.tolist(), counts.tolist(), strict=True):
-        model.add(sum(literal for expert, _, literal in assigned if expert == e) == min(count, len(ranks)))
-    for rank in ranks:
-        model.add(sum(literal for _, place, literal in assigned if place == rank) == task.slots_per_rank)
-    for e, rank, literal in assigned:
-        model.add_hint(literal, held[e, rank])
-    scenarios = len(task.forms)
-    outside = [rank for rank in range(task.ep) if rank not in ranks]
-    objective_terms = []
-    for n in range(scenarios):
-        terms = state._terms(n, state.load[0, :, n], state.load[0, :, scenarios + n])
-        for kind in range(state.kinds):
-            scale = float(task.weights[n]) * cpsat.NANOSECONDS
-            floor = max((terms[rank, kind] for rank in outside), default=0.0) * scale
-            top = model.new_int_var(int(floor), int(terms[:, kind].max() * scale) * 3 + 1000, "")
-            model.add_hint(top, int(terms[:, kind].max() * scale) + 1)
-            objective_terms.append(top)
-            for rank in ranks:
-                for constant, per_share, per_active in _linear_forms(state, n, kind, rank):
-                    weights = [
-                        int((per_share * values[e][n] + per_active * values[e][scenarios + n]) * scale)
-                        for e, place, _ in assigned
-                        if place == rank
-                    ]
-                    literals = [literal for _, place, literal in assigned if place == rank]
-                    model.add(
-                        cp_model.LinearExpr.weighted_sum(literals, weights) + int(constant * scale) <= top
-                    )
-    model.minimize(sum(objective_terms))
-    return model, assigned
-
-
-def _linear_forms(state: _State, scenario: int, kind: int, rank: int) -> list[tuple[float, float, float]]:
-    """Return what a rank adds to a term as (constant, per share, per active expert): the term is at least each."""
-    if kind == 0:
-        start = float(state.start[scenario][rank])
-        return [
-            (start, float(state.by_row[scenario][rank]), 0.0),
-            (start, float(state.activation[scenario][rank]), float(state.by_expert[scenario][rank])),
-        ]
-    etp = float(state.etp_rate[scenario])
-    pairs = [
-        [(float(floors[scenario][rank]), 0.0), (0.0, float(rates[scenario][rank]))]
-        for floors, rates in zip(state.floors, state.rates, strict=True)
-    ]
-    if state.merged:
-        # A sum of two maxima is the maximum over the four sums.
-        return [(a + c, b + d + etp, 0.0) for a, b in pairs[0] for c, d in pairs[1]]
-    if kind == 3:
-        return [(0.0, etp, 0.0)]
-    return [(constant, rate, 0.0) for constant, rate in pairs[kind - 1]]

@@ -232,7 +232,7 @@ class _Joint:
         self.with_copies: dict[tuple[int, int], dict[tuple[int, int, int], cp_model.IntVar]] = {}
         for layer in problem.model.moe_layers:
             for stage, shape in enumerate(self.shapes):
-                if shape_problem(problem.model, shape, problem.slots) is not None:
+                if shape_problem(problem.model, shape, problem.slots, [layer]) is not None:
                     model.add(self.holds[layer][stage] == 0)
                     continue
                 experts = problem.loads.shape[2]
@@ -276,7 +276,7 @@ class _Joint:
             cycles.append(sum(parts))
         return cycles
 
-    def _layer_time(self, n: int, layer: int, stage: int, scale: float):  # type: ignore[no-untyped-def]
+    def _layer_time(self, n: int, layer: int, stage: int, scale: float) -> cp_model.LinearExprT:
         """Return the time of a layer on a stage: at least every form of every layout that is chosen; 0 elsewhere."""
         shape, group = self.shapes[stage], self.problem.model.group_of[layer]
         here = self.holds[layer][stage]
@@ -305,7 +305,9 @@ class _Joint:
             self.model.add(time >= seconds).only_enforce_if([here, literal])
         return time
 
-    def _expert_times(self, n, layer, stage, forms, here, scale):  # type: ignore[no-untyped-def]
+    def _expert_times(
+        self, n: int, layer: int, stage: int, forms: list[ExpertForms], here: cp_model.IntVar, scale: float
+    ) -> list[cp_model.IntVar]:
         """Return the expert terms of a layer on a stage, each at least every linear form of the layout chosen."""
         tokens = self.cost.tokens(n, self.shapes[stage]).block
         loads = self.problem.loads[n, layer]
@@ -333,7 +335,7 @@ class _Joint:
                 self.model.add(part >= total + int(constant * scale)).only_enforce_if(when)
         return parts
 
-    def _edge_time(self, n: int, stage: int, scale: float):  # type: ignore[no-untyped-def]
+    def _edge_time(self, n: int, stage: int, scale: float) -> cp_model.LinearExprT:
         """Return the time of the embedding on the first stage and of the head on the last."""
         parts = []
         for number, layout in enumerate(self.layouts[stage]):
@@ -342,12 +344,12 @@ class _Joint:
             parts.append(int(seconds * scale) * self.layout_literals[stage][number])
         return sum(parts)
 
-    def _send_time(self, n: int, stage: int, scale: float):  # type: ignore[no-untyped-def]
+    def _send_time(self, n: int, stage: int, scale: float) -> cp_model.IntVar:
         """Return the time from a stage to the next, by the domains of both arrangements and the types of the larger."""
         model = self.model
         sides = []
         for number in (stage, stage + 1):
-            by_key: dict[object, list[cp_model.IntVar]] = {}
+            by_key: dict[tuple[tuple[int, ...], tuple[int, ...]], list[cp_model.IntVar]] = {}
             for arrangement, literal in zip(self.arrangements[number], self.picks[number], strict=True):
                 types = tuple(sorted(set(self.problem.cluster.type_of[list(arrangement.gpus)].tolist())))
                 by_key.setdefault((arrangement.domains, types), []).append(literal)
@@ -364,7 +366,7 @@ class _Joint:
                 model.add(time >= int(seconds * scale)).only_enforce_if([literal, partner])
         return time
 
-    def _sample(self, stage: int, key) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
+    def _sample(self, stage: int, key: tuple[tuple[int, ...], tuple[int, ...]]) -> tuple[int, ...]:
         domains, types = key
         for arrangement in self.arrangements[stage]:
             own = tuple(sorted(set(self.problem.cluster.type_of[list(arrangement.gpus)].tolist())))

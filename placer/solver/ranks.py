@@ -8,8 +8,9 @@ the model's own; it prices what no layout with those counts can beat.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,17 +62,29 @@ def type_choices(problem: Problem, cost: CostModel, seats: list[StageSeat]) -> I
             yield mask
 
 
-def start(problem: Problem, seats: list[StageSeat], mask: Mask, *, even: bool = True) -> list[Ints] | None:
+def stage_orders(seats: list[StageSeat]) -> list[tuple[int, ...]]:
+    """Return the orders in which stages may choose their GPUs: the neediest first, then others where stages are few."""
+    neediest = tuple(sorted(range(len(seats)), key=lambda n: (-seats[n].need, -seats[n].shape.ranks, n)))
+    others = permutations(range(len(seats))) if len(seats) <= 3 else [tuple(range(len(seats)))]
+    return [neediest, *(order for order in others if order != neediest)]
+
+
+def start(
+    problem: Problem,
+    seats: list[StageSeat],
+    mask: Mask,
+    order: Sequence[int],
+    *,
+    even: bool = True,
+    roomy: bool = False,
+) -> list[Ints] | None:
     """Return the GPUs of every stage in rank order, or None when they do not fit this way.
 
-    Stages that need most memory choose first. `even` spreads a block evenly over its domains, otherwise domains are
-    filled one after the other.
+    `order` says which stage chooses first. `even` spreads a block evenly over its domains, otherwise domains are
+    filled one after the other; `roomy` starts each stage in the emptiest region rather than in the tightest.
     """
     free = problem.allowed & mask
     result: list[Ints | None] = [None] * len(seats)
-    order = sorted(
-        range(len(seats)), key=lambda number: (-seats[number].need, -seats[number].shape.ranks, number)
-    )
     for number in order:
         seat = seats[number]
         near = [
@@ -82,7 +95,7 @@ def start(problem: Problem, seats: list[StageSeat], mask: Mask, *, even: bool = 
             )
             if gpus is not None
         ]
-        gpus = _place_stage(problem, seat, free & eligible(problem, seat), near, even)
+        gpus = _place_stage(problem, seat, free & eligible(problem, seat), near, even, roomy)
         if gpus is None:
             return None
         result[number] = gpus
@@ -90,9 +103,11 @@ def start(problem: Problem, seats: list[StageSeat], mask: Mask, *, even: bool = 
     return [gpus for gpus in result if gpus is not None]
 
 
-def _place_stage(problem: Problem, seat: StageSeat, free: Mask, near: list[Ints], even: bool) -> Ints | None:
+def _place_stage(
+    problem: Problem, seat: StageSeat, free: Mask, near: list[Ints], even: bool, roomy: bool
+) -> Ints | None:
     shape, requirements = seat.shape, problem.requirements
-    region = _region(problem, free, shape.ranks, near)
+    region = _region(problem, free, shape.ranks, near, roomy=roomy)
     if region is None:
         return None
     free = free & region
@@ -108,7 +123,12 @@ def _place_stage(problem: Problem, seat: StageSeat, free: Mask, near: list[Ints]
 
 
 def _region(
-    problem: Problem, free: Mask, ranks: int, near: list[Ints], outermost: int | None = None
+    problem: Problem,
+    free: Mask,
+    ranks: int,
+    near: list[Ints],
+    outermost: int | None = None,
+    roomy: bool = False,
 ) -> Mask | None:
     """Return the tightest domain (as a mask over GPUs) with `ranks` free GPUs, the innermost level first.
 
@@ -122,7 +142,8 @@ def _region(
             held = np.zeros(len(level.domain_names))
             for gpus in near:
                 held += np.bincount(level.domain_of[gpus], minlength=len(held))
-            best = min(fits.tolist(), key=lambda domain: (held[domain] == 0, counts[domain], domain))
+            sign = -1 if roomy else 1
+            best = min(fits.tolist(), key=lambda domain: (held[domain] == 0, sign * counts[domain], domain))
             return np.asarray(level.domain_of == best)
     return None
 

@@ -8,6 +8,7 @@ the best layout that has those two figures, which makes the optimum a lower boun
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,9 @@ from placer.solver.bound import StrategyBound, ideal_of
 from placer.solver.clock import Clock
 from placer.solver.ranks import StageSeat, eligible
 from placer.strategy import Shape
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
 
 Ints = NDArray[np.int64]
 MAX_CELLS = 1500
@@ -85,7 +89,9 @@ def solve_counts(
     return CountAnswer(found, max(0.0, answer.bound) / cpsat.NANOSECONDS, False)
 
 
-def _block(model, shape: Shape, room: Ints, tables: _Tables, stage_price):  # type: ignore[no-untyped-def]
+def _block(
+    model: cp_model.CpModel, shape: Shape, room: Ints, tables: _Tables, stage_price: cp_model.IntVar
+) -> tuple[list[cp_model.IntVar], list[cp_model.IntVar]]:
     """Add one block: whole atoms and spanning ranks per domain, what it spans, and its price."""
     domains = len(room)
     atoms = shape.block // shape.atom
@@ -119,7 +125,14 @@ def _block(model, shape: Shape, room: Ints, tables: _Tables, stage_price):  # ty
     return whole, loose
 
 
-def _every_gpu_once(model, problem: Problem, seats, counts, spread, domain_of: Ints) -> None:  # type: ignore[no-untyped-def]
+def _every_gpu_once(
+    model: cp_model.CpModel,
+    problem: Problem,
+    seats: list[StageSeat],
+    counts: list[list[list[cp_model.IntVar]]],
+    spread: list[list[list[cp_model.IntVar]]],
+    domain_of: Ints,
+) -> None:
     """Ensure that the stages which need at least so many bytes find so many GPUs with that room in every domain."""
     for need in sorted({seat.need for seat in seats}):
         roomy = np.bincount(

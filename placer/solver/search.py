@@ -22,7 +22,7 @@ from placer.cost.latency import CostModel, make_layout
 from placer.errors import InputError, SolverError
 from placer.placement import Plan, StagePlan
 from placer.problem import Problem
-from placer.solver import experts, ranks, stages
+from placer.solver import experts, experts_model, ranks, stages
 from placer.solver.bound import Ideal, StrategyBound, ideal_for
 from placer.solver.clock import Clock
 from placer.solver.ranks_model import solve_counts
@@ -307,9 +307,10 @@ class Search:
                 slots = experts.improve(task, slots, self.clock, rounds, keep)
                 if polish_rounds:
                     bounds = experts.layer_bounds(task)
-                    slots = experts.polish(
+                    slots = experts_model.polish(
                         task, slots, bounds, self.clock, seed=self.seed, rounds=polish_rounds, keep=keep
                     )
+                    slots = experts_model.solve_small(task, slots, self.clock, seed=self.seed, keep=keep)
                 result |= dict(zip(layers, slots, strict=True))
         return result
 

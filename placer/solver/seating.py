@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,9 +82,11 @@ class Seater:
     def _from_split(self, edges: list[int]) -> Seating | None:
         best: Seating | None = None
         seats = self.seats(edges)
+        orders = ranks.stage_orders(seats)
+        ways = [(True, False), (False, False), (True, True)]
         for mask in ranks.type_choices(self.problem, self.cost, seats):
-            for even in (True, False):
-                gpus = ranks.start(self.problem, seats, mask, even=even)
+            for order, (even, roomy) in product(orders, ways):
+                gpus = ranks.start(self.problem, seats, mask, order, even=even, roomy=roomy)
                 seating = None if gpus is None else self.price(gpus)
                 if seating is not None and (best is None or seating.value < best.value * (1 - 1e-12)):
                     best = seating

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,9 @@ from placer.problem import Problem
 from placer.solver import cpsat
 from placer.solver.clock import Clock
 from placer.strategy import Shape
+
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
 
 Floats = NDArray[np.float64]
 
@@ -39,9 +42,8 @@ class StageCosts:
         """Return (scenarios, stages) stage times of a split with boundaries `edges` (stages + 1)."""
         prefix = np.concatenate([np.zeros((*self.layer.shape[:2], 1)), self.layer.cumsum(axis=2)], axis=2)
         stages = range(self.layer.shape[1])
-        return self.fixed + np.stack(
-            [prefix[:, s, edges[s + 1]] - prefix[:, s, edges[s]] for s in stages], axis=1
-        )
+        sums = [prefix[:, s, edges[s + 1]] - prefix[:, s, edges[s]] for s in stages]
+        return np.asarray(self.fixed + np.stack(sums, axis=1))
 
 
 def split_cost(problem: Problem, costs: StageCosts, edges: list[int]) -> float:
@@ -177,7 +179,15 @@ def improve(
     return edges, min(lower, split_cost(problem, costs, edges))
 
 
-def split_model(problem, shapes, costs, counts, memory, limits, edges):  # type: ignore[no-untyped-def]
+def split_model(
+    problem: Problem,
+    shapes: tuple[Shape, ...],
+    costs: StageCosts,
+    counts: list[int | None],
+    memory: StageMemory,
+    limits: list[int],
+    edges: list[int],
+) -> tuple[cp_model.CpModel, list[cp_model.IntVar]]:
     """Return the exact model of the split and its boundary variables; objective in nanoseconds."""
     from ortools.sat.python import cp_model
 

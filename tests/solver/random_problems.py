@@ -14,13 +14,14 @@ from placer.problem import Problem, load_problem
 def random_problem(seed: int, folder: Path) -> Problem:
     """Return problem number `seed`: a few GPUs, layers and experts, a strategy that is fixed, partly fixed or open."""
     rng = np.random.default_rng([seed, 99])
+    model = _model(rng)
     data = {
         "kind": "problem",
         "name": f"random {seed}",
         "cluster": _cluster(rng),
-        "model": _model(rng),
+        "model": model,
         "workload": {"scenarios": _scenarios(rng)},
-        "strategy": _strategy(rng),
+        "strategy": _strategy(rng, moe=any("moe" in group for group in model["groups"])),
         "requirements": _requirements(rng),
     }
     path = folder / f"random-{seed}.json"
@@ -34,7 +35,7 @@ def _pick(rng: np.random.Generator, options: list[Any]) -> Any:
 
 def _cluster(rng: np.random.Generator) -> dict[str, Any]:
     hosts = []
-    left = int(rng.integers(3, 6))
+    left = int(rng.integers(4, 6))
     while left > 0:
         gpus = min(left, int(rng.integers(1, 4)))
         left -= gpus
@@ -102,8 +103,10 @@ def _scenarios(rng: np.random.Generator) -> list[dict[str, Any]]:
     return scenarios
 
 
-def _strategy(rng: np.random.Generator) -> Any:
+def _strategy(rng: np.random.Generator, *, moe: bool) -> Any:
     kind = rng.random()
+    if not moe:
+        return _pick(rng, ["auto", "TP2_PP1", "TP1_PP2", "DP3_PP1", "TP2_PP2"])
     if kind < 0.45:
         return _pick(
             rng, ["TP2_PP1", "EP2_TP1_PP1", "EP2_PP2", "TP1_PP2", "EP2_TP2", "EP4_PP1", "EP2_ETP2", "DP3_PP1"]
@@ -118,7 +121,7 @@ def _strategy(rng: np.random.Generator) -> Any:
 def _requirements(rng: np.random.Generator) -> dict[str, Any]:
     requirements: dict[str, Any] = {}
     if rng.random() < 0.3:
-        requirements["max_gpus"] = int(rng.integers(2, 5))
+        requirements["max_gpus"] = 4
     if rng.random() < 0.2:
         requirements["tp_within"] = "nvlink"
     if rng.random() < 0.15:

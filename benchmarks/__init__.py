@@ -1,0 +1,1 @@
+"""Comparisons that print figures; never part of the test run."""
