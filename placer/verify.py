@@ -14,6 +14,7 @@ from itertools import islice
 
 import numpy as np
 
+from placer.cost.constants import model_digest
 from placer.cost.latency import CostModel, ScenarioLatency
 from placer.cost.memory import stage_memory
 from placer.placement import (
@@ -102,11 +103,15 @@ def _digests(placement: Placement, problem: Problem) -> Iterator[Finding]:
     for key, name in names.items():
         if getattr(placement, key) != name:
             yield Finding("input.name", key, f"states {getattr(placement, key)!r}, but the input is {name!r}")
-    for key in sorted(set(placement.digests) | set(problem.digests)):
-        if placement.digests.get(key) != problem.digests.get(key):
-            yield Finding(
-                "input.digest", f"digests.{_shown(key)}", "was made from another version of this input"
+    expected = problem.digests | {"cost model": model_digest()}
+    for key in sorted(set(placement.digests) | set(expected)):
+        if placement.digests.get(key) != expected.get(key):
+            what = (
+                "with another version of placer's cost model"
+                if key == "cost model"
+                else "from another version of this input"
             )
+            yield Finding("input.digest", f"digests.{_shown(key)}", f"was made {what}")
 
 
 def _shapes(strategy: StrategyRecord) -> Iterator[Shape | Finding]:

@@ -6,6 +6,7 @@ then in the package's table, then in the table of the type it is based on; what 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import tomllib
 from collections.abc import Mapping
@@ -54,6 +55,17 @@ class Constant:
 def table() -> dict[str, Any]:
     """Return the package's table of constants as it stands in `constants.toml`."""
     return tomllib.loads(files("placer.cost").joinpath("constants.toml").read_text(encoding="utf-8"))
+
+
+#: Raised whenever a formula of the latency or memory model changes, so that a placement knows what priced it.
+MODEL_VERSION = 1
+
+
+@cache
+def model_digest() -> str:
+    """Return the SHA-256 that names this version of the cost model: its constants and the version of its formulas."""
+    text = files("placer.cost").joinpath("constants.toml").read_text(encoding="utf-8")
+    return hashlib.sha256(f"{MODEL_VERSION}\n{text}".encode()).hexdigest()
 
 
 def known_terms() -> dict[str, set[str]]:

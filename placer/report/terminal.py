@@ -274,22 +274,19 @@ def no_placement_report(model: str, cluster: str, file: str, reasons: Sequence[s
 def nothing_found_report(headline: str, reasons: Sequence[str]) -> Text:
     """Return that nothing was found, which proves nothing, and what was ruled out on the way."""
     lines = [line(("× ", "bold red"), headline)]
-    if reasons:
-        lines.append(
-            line("╰─▶ Strategies were ruled out on the way; the commonest reasons, of one strategy:")
-        )
-        lines += [line(f"    it {reason}") for reason in reasons]
+    lines += _clauses("╰─▶ On the way strategies were ruled out: ", reasons) if reasons else []
     lines.append(line("This does not show that no placement exists"))
     return Text("\n").join(lines)
 
 
 def _because(reasons: Sequence[str]) -> list[Text]:
-    # A reason is either a whole clause or, without its subject, what is wrong with a strategy.
-    whole = [reason for reason in reasons if reason.startswith(("no ", "every "))]
-    if whole or not reasons:
-        return [line(f"╰─▶ Because {whole[0] if whole else 'every strategy is ruled out'}")]
-    lines = [line("╰─▶ Because every strategy is ruled out; the commonest reasons, of one strategy:")]
-    return lines + [line(f"    it {reason}") for reason in reasons]
+    return _clauses("╰─▶ Because ", reasons or ["every strategy is ruled out"])
+
+
+def _clauses(start: str, reasons: Sequence[str]) -> list[Text]:
+    """Return reasons as one sentence over several lines, each a whole clause."""
+    lines = [line(f"{start}{reasons[0]}")]
+    return lines + [line(f"    and because {reason}") for reason in reasons[1:]]
 
 
 def findings_report(findings: Sequence[str]) -> RenderableType:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from placer import __version__, verify
+from placer.cost.constants import model_digest
 from placer.cost.latency import CostModel
 from placer.cost.memory import stage_memory
 from placer.errors import SolverError
@@ -78,7 +79,7 @@ def make_placement(problem: Problem, result: Result, seed: int) -> Placement:
         model=problem.model.name,
         cluster=problem.cluster.name,
         seed=seed,
-        digests=problem.digests,
+        digests=problem.digests | {"cost model": model_digest()},
         strategy=strategy_record(plan),
         ranks=rank_records(problem, plan),
         experts=expert_records(plan),

@@ -7,6 +7,7 @@ interleaved search against answers that change from run to run.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,7 +76,7 @@ def solve(
     parameters.relative_gap_limit = gap
     parameters.catch_sigint_signal = False
     before = clock.elapsed
-    status = solver.solve(model, _Stop(clock) if clock.limit < 1e8 else None)
+    status = _solve_in_thread(solver, model, clock)
     if clock.elapsed - before >= 0.98 * parameters.max_time_in_seconds:
         clock.cut_short = True
     name = solver.status_name(status)
@@ -85,14 +86,28 @@ def solve(
     return Answer(name, solver.objective_value if found else None, solver.best_objective_bound, solver)
 
 
-def _Stop(clock: Clock) -> cp_model.CpSolverSolutionCallback:
-    from ortools.sat.python import cp_model
+def _solve_in_thread(
+    solver: cp_model.CpSolver, model: cp_model.CpModel, clock: Clock
+) -> cp_model.CpSolverStatus:
+    """Return the status of a solve that Ctrl-C can stop.
 
-    class Stop(cp_model.CpSolverSolutionCallback):
-        """Stops the search at the next solution after Ctrl-C."""
+    Python handles signals between its own instructions, so the main thread must not be inside the solver.
+    """
+    outcome: list[cp_model.CpSolverStatus] = []
+    failure: list[BaseException] = []
 
-        def on_solution_callback(self) -> None:
-            if clock.interrupted:
-                self.stop_search()
+    def work() -> None:
+        try:
+            outcome.append(solver.solve(model))
+        except BaseException as error:  # handed on to the caller below
+            failure.append(error)
 
-    return Stop()
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.02)
+        if clock.interrupted:
+            solver.stop_search()
+    if failure:
+        raise failure[0]
+    return outcome[0]

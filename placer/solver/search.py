@@ -9,7 +9,6 @@ Work is metered by counts, the clock is the guard; Ctrl-C keeps the best so far.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -26,8 +25,8 @@ from placer.solver import experts, experts_model, ranks, stages
 from placer.solver.bound import Ideal, StrategyBound, ideal_for
 from placer.solver.clock import Clock
 from placer.solver.ranks_model import solve_counts
+from placer.solver.refusals import Refusals, nothing_to_try
 from placer.solver.seating import Seater, Seating, expert_task
-from placer.spec.units import format_bytes
 from placer.strategy import Strategy, enumerate_strategies
 
 Ints = NDArray[np.int64]
@@ -103,7 +102,7 @@ class Search:
         self.cost = CostModel(problem)
         self.bounds = StrategyBound(problem, self.cost)
         self.report = report or (lambda progress: None)
-        self.refused: Counter[str] = Counter()
+        self.refused = Refusals()
         self.best: Candidate | None = None
 
     def run(self) -> Result:
@@ -179,7 +178,8 @@ class Search:
     def _candidate(self, strategy: Strategy) -> Candidate | None:
         problem, shapes = self.problem, strategy.stages
         if strategy.ranks > problem.gpu_budget:
-            self.refused[f"needs {strategy.ranks} GPUs, of which {problem.gpu_budget} may be used"] += 1
+            text = f"needs {strategy.ranks} GPUs, of which {problem.gpu_budget} may be used"
+            self.refused.add("gpus", strategy, text, strategy.ranks)
             return None
         request = problem.request.stages
         counts: list[int | None] = [stage.layers for stage in request] if request else [None] * len(shapes)
@@ -192,10 +192,7 @@ class Search:
         needs = self._least_needs(memory, counts)
         short = next((n for n, need in enumerate(needs) if need > limits[n]), None)
         if short is not None:
-            self.refused[
-                f"needs at least {format_bytes(needs[short])} on each of {shapes[short].ranks} GPUs, "
-                f"and the roomiest {shapes[short].ranks} leave {format_bytes(limits[short])}"
-            ] += 1
+            self.refused.add_memory(problem, strategy, short, needs[short], limits[short])
             return None
         ideals = [ideal_for(problem, need) for need in needs]
         costs = self.bounds.costs(shapes, ideals)
@@ -226,10 +223,7 @@ class Search:
         return Result(status, None, None, None, 0, self.clock.cut_short, self._reasons())
 
     def _reasons(self) -> list[str]:
-        if not self.refused:
-            return ["no strategy of like stages divides this model as requested"]
-        # The most telling reason is the one nearest to fitting; texts repeat over strategies, so the commonest stand first.
-        return [reason for reason, _ in self.refused.most_common(5)]
+        return self.refused.told() or [nothing_to_try(self.problem)]
 
     # 2. scout
 
@@ -274,7 +268,7 @@ class Search:
 
     def _refuse(self, candidate: Candidate, reason: str) -> None:
         candidate.note, candidate.refined = reason, True
-        self.refused[reason] += 1
+        self.refused.add(reason, candidate.strategy, reason)
 
     def _seater(self, candidate: Candidate) -> Seater:
         return Seater(self.problem, self.cost, candidate.strategy.stages, candidate.counts)
@@ -329,7 +323,9 @@ class Search:
                 candidate.note = (
                     f"{scenario.name} takes {latency.total:.6g} s, more than max_step {limit:.6g} s"
                 )
-                self.refused["was too slow for max_step as built"] += 1
+                self.refused.add(
+                    "max_step", candidate.strategy, f"was built, but {candidate.note}", latency.total / limit
+                )
                 return
         if value < candidate.bound * (1 - 1e-9):
             raise SolverError(

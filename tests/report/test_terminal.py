@@ -196,22 +196,23 @@ def test_no_line_is_cut_whatever_the_width(width: int) -> None:
 
 
 def test_no_placement_is_told_like_a_proof() -> None:
-    told = no_placement_report("m", "c", "p.yaml", ["needs 3 GPUs, of which 2 may be used", "needs 80 GiB"])
+    told = no_placement_report(
+        "m", "c", "p.yaml", ["TP3_PP1 needs 3 GPUs, of which 2 may be used", "tp 4 is odd"]
+    )
     assert told.plain == (
         "× No placement of m on c meets every requirement of `p.yaml`\n"
-        "╰─▶ Because every strategy is ruled out; the commonest reasons, of one strategy:\n"
-        "    it needs 3 GPUs, of which 2 may be used\n"
-        "    it needs 80 GiB"
+        "╰─▶ Because TP3_PP1 needs 3 GPUs, of which 2 may be used\n"
+        "    and because tp 4 is odd"
     )
-    whole = no_placement_report("m", "c", "p.yaml", ["no strategy divides this model"]).plain
-    assert whole.splitlines()[1] == "╰─▶ Because no strategy divides this model"
+    nothing = no_placement_report("m", "c", "p.yaml", []).plain
+    assert nothing.splitlines()[1] == "╰─▶ Because every strategy is ruled out"
 
 
 def test_nothing_found_is_not_told_as_a_proof() -> None:
-    told = nothing_found_report("Nothing was found within the time limit of 1 s", ["needs 80 GiB"]).plain
-    assert "    it needs 80 GiB\n" in told
+    told = nothing_found_report("Nothing was found within the time limit of 1 s", ["TP1 needs 80 GiB"]).plain
+    assert "ruled out: TP1 needs 80 GiB\n" in told
     assert told.endswith("This does not show that no placement exists")
-    assert "Strategies were" not in nothing_found_report("Nothing was found", []).plain
+    assert "ruled out" not in nothing_found_report("Nothing was found", []).plain
 
 
 def test_findings_are_counted() -> None:

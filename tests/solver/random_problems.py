@@ -114,7 +114,7 @@ def _strategy(rng: np.random.Generator, *, moe: bool) -> Any:
     if kind < 0.6:
         return {"stages": [{"layers": 0, "tp": 1}, {"ep": 2, "dp": 2}, {"layers": 0, "tp": 1}]}
     if kind < 0.7:
-        return {"stages": [{"tp": 2}, {"dp": 2, "ep": 2}]}
+        return {"stages": [{"tp": 2, "ep": 2}, {"dp": 2, "ep": 2}]}
     return "auto"
 
 
