@@ -536,10 +536,29 @@ def show(
         ),
     ],
     all_ranks: Annotated[bool, typer.Option("--all-ranks", help="List every rank, however many.")] = False,
+    svg: Annotated[
+        Path | None,
+        typer.Option("--svg", metavar="FILE", help="Draw a placement into FILE instead.", show_default=False),
+    ] = None,
 ) -> int:
     """Show any of placer's files, for a person."""
-    _show(_describe(Path(file), all_ranks))
+    if svg is None:
+        _show(_describe(Path(file), all_ranks))
+    else:
+        _draw(file, svg)
     return DONE
+
+
+def _draw(file: str, path: Path) -> None:
+    """Draw a placement; a picture that is there already is replaced, any other file is not."""
+    from placer.placement import load_placement
+    from placer.report.figure import placement_svg
+
+    _check_ending(path, (".svg",), key="--svg")
+    _check_writable(path)
+    if path.exists() and not path.read_bytes().lstrip().startswith(b"<svg"):
+        raise ExportError(f"{path}: exists and is no picture of a placement")
+    _write(path, placement_svg(load_placement(file)))
 
 
 def _describe(path: Path, all_ranks: bool) -> RenderableType:
@@ -584,11 +603,11 @@ def _describe(path: Path, all_ranks: bool) -> RenderableType:
 # files
 
 
-def _check_ending(path: Path, endings: tuple[str, ...]) -> None:
+def _check_ending(path: Path, endings: tuple[str, ...], key: str = "-o") -> None:
     if path.suffix.lower() not in endings:
         # Files are read by their ending: under another one placer could not read its own file back.
         raise InputError(
-            f"found the ending `{path.suffix}`, expected `{endings[0]}`", file=str(path), key="-o"
+            f"found the ending `{path.suffix}`, expected `{endings[0]}`", file=str(path), key=key
         )
 
 

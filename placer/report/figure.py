@@ -160,9 +160,10 @@ def _notes(placement: Placement, hosts: int) -> list[str]:
     certificate = placement.certificate
     number = certificate.candidates
     over = "the one candidate strategy" if number == 1 else f"{number:,} candidate strategies"
+    of_what = "weighted mean of the scenarios" if len(placement.latency) > 1 else "one step"
     notes = [
         f"strategy {placement.strategy.name}, {count(len(placement.ranks), 'rank')}",
-        f"modelled {format_time(certificate.objective_s)} a step, gap {percent(certificate.gap)} over {over}",
+        f"modelled {format_time(certificate.objective_s)}, {of_what}, gap {percent(certificate.gap)} over {over}",
     ]
     if hosts > MAX_HOSTS:
         notes.append(f"the first {MAX_HOSTS} of {hosts:,} hosts")

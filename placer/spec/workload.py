@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from placer.spec.base import Stated
 from placer.spec.names import Name
@@ -26,6 +26,17 @@ class LoadFile(Stated):
     file: str = Field(min_length=1, max_length=4096, description="path, relative to the problem file")
 
 
+def _kind_of_loads(value: Any) -> str:
+    """Return which of the two ways a user meant, so that an error speaks of that one."""
+    stated = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "LoadGenerator" if {"generator", "skew", "seed"} & set(stated) else "LoadFile"
+
+
+ExpertLoads = Annotated[
+    Annotated[LoadFile, Tag("LoadFile")] | Annotated[LoadGenerator, Tag("LoadGenerator")], Discriminator(_kind_of_loads)
+]
+
+
 class Scenario(Stated):
     """One phase of the work, as one step of the engine sees it."""
 
@@ -39,7 +50,7 @@ class Scenario(Stated):
     )
     weight: float = Field(1.0, gt=0, le=1e9, description="share of this scenario in the objective")
     micro_batches: int = Field(1, ge=1, le=4096, description="parts the batch passes through the pipeline in")
-    expert_loads: LoadFile | LoadGenerator | None = Field(None, description="left out: every expert alike")
+    expert_loads: ExpertLoads | None = Field(None, description="left out: every expert alike")
 
     @property
     def tokens(self) -> int:
