@@ -6,7 +6,7 @@ as free GPUs allow, expert loads at their bounds. A bound is only ever a minimum
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from placer.cost.latency import CostModel, ExpertForms
 from placer.problem import Problem
 from placer.solver.experts import ExpertTask, layer_bounds
 from placer.solver.stages import StageCosts
+from placer.spec.dtypes import BYTES_PER_VALUE
 from placer.strategy import Shape
 
 Floats = NDArray[np.float64]
@@ -50,6 +51,10 @@ class StrategyBound:
         outer = problem.cluster.levels[1:]
         self.outer_bandwidth = max((level.bandwidth for level in outer), default=np.inf)
         self.outer_level = 1 + int(np.argmin([level.latency for level in outer])) if outer else 0
+        self.largest_domain = [
+            int(np.bincount(level.domain_of[problem.allowed], minlength=1).max())
+            for level in problem.cluster.levels
+        ]
         self._cache: dict[tuple[Shape, Ideal, bool], tuple[Floats, Floats]] = {}
 
     def stage(self, shape: Shape, ideal: Ideal, seated: bool = True) -> tuple[Floats, Floats]:
@@ -92,32 +97,38 @@ class StrategyBound:
                 return by_type[number]
         return max(by_type.values())
 
-    def tp_seat(self, shape: Shape, ideal: Ideal) -> Seat:
-        """Return the best seat that the worst-placed TP group could have, by counting whole groups in domains."""
-        whole = sum(capacity // shape.tp for capacity in ideal.capacities)
-        if whole >= shape.dp:
-            return Seat((shape.tp,), 0, np.inf)
-        domains = max(2, domains_needed(shape.tp, ideal.capacities))
-        counts = [len(part) for part in np.array_split(np.arange(shape.tp), domains)]
-        # Ranks in the emptiest domain drive the NICs: no split of the group over two domains or more has more there.
-        return Seat(tuple(sorted(counts, reverse=True)), self.outer_level, self.outer_bandwidth)
+    def tp_seats(self, shape: Shape, ideal: Ideal) -> tuple[Seat, ...]:
+        """Return seats of which the worst-placed TP group has one or does worse, by counting whole groups in domains."""
+        spanning = self.spanning_seats(shape.tp, ideal.capacities)
+        if sum(capacity // shape.tp for capacity in ideal.capacities) < shape.dp:
+            return spanning
+        return (Seat((shape.tp,), 0, np.inf), *spanning)
 
     def _all_reduce(self, scenario: int, group: int, shape: Shape, ideal: Ideal, types: list[int]) -> float:
         if shape.tp == 1:
             return 0.0
+        seats = self.tp_seats(shape, ideal)
         best = {
-            number: self.cost.collective_terms(
-                scenario, group, shape, ((number,), (self.tp_seat(shape, ideal),))
+            number: min(
+                self.cost.collective_terms(scenario, group, shape, ((number,), (seat,))) for seat in seats
             )
             for number in types
         }
         return self._at_best(best, shape.ranks, ideal)
 
     def _edges(self, scenario: int, shape: Shape, ideal: Ideal, types: list[int]) -> tuple[float, float]:
-        seat = (self.tp_seat(shape, ideal),) if shape.tp > 1 else ()
-        rows = {number: self.cost.edge_terms(scenario, shape, (number,), seat) for number in types}
+        seats = [(seat,) for seat in self.tp_seats(shape, ideal)] if shape.tp > 1 else [()]
         first, last = (
-            self._at_best({number: row[name] for number, row in rows.items()}, shape.ranks, ideal)
+            self._at_best(
+                {
+                    number: min(
+                        self.cost.edge_terms(scenario, shape, (number,), seat)[name] for seat in seats
+                    )
+                    for number in types
+                },
+                shape.ranks,
+                ideal,
+            )
             for name in ("embedding", "head")
         )
         return first, last
@@ -131,22 +142,46 @@ class StrategyBound:
             if not layers or stated.moe is None or problem.slots % shape.ep:
                 continue
             for n in range(len(problem.scenarios)):
-                task = ExpertTask(
-                    loads=problem.loads[n : n + 1, layers],
-                    forms=(self.ideal_forms(n, group, shape, ideal, seated),),
-                    weights=np.ones(1),
-                    tokens=(self.cost.tokens(n, shape).block,),
-                    top_k=stated.moe.top_k,
-                    ep=shape.ep,
-                    slots_per_rank=problem.slots // shape.ep,
-                )
-                result[n, layers] = layer_bounds(task)
+                cases = [
+                    ExpertTask(
+                        loads=problem.loads[n : n + 1, layers],
+                        forms=(form,),
+                        weights=np.ones(1),
+                        tokens=(self.cost.tokens(n, shape).block,),
+                        top_k=stated.moe.top_k,
+                        ep=shape.ep,
+                        slots_per_rank=problem.slots // shape.ep,
+                    )
+                    for form in self._cases(n, group, shape, ideal, seated)
+                ]
+                result[n, layers] = np.minimum.reduce([layer_bounds(task) for task in cases])
         return result
 
+    def _cases(
+        self, scenario: int, group: int, shape: Shape, ideal: Ideal, seated: bool
+    ) -> list[ExpertForms]:
+        """Return ideal forms for each case of which one must hold: every expert-TP group in one domain, or not.
+
+        Where all are whole, a domain holds no more of an exchanging group than it holds whole expert-TP groups.
+        """
+        if shape.etp == 1:
+            return [self.ideal_forms(scenario, group, shape, ideal, seated)]
+        apart = self.ideal_forms(scenario, group, shape, ideal, seated, whole=False)
+        capacities = tuple(room // shape.etp for room in ideal.capacities if room >= shape.etp)
+        if sum(capacities) < shape.ep * shape.edp:
+            return [apart]
+        return [
+            apart,
+            self.ideal_forms(scenario, group, shape, replace(ideal, capacities=capacities), seated),
+        ]
+
     def ideal_forms(
-        self, scenario: int, group: int, shape: Shape, ideal: Ideal, seated: bool = True
+        self, scenario: int, group: int, shape: Shape, ideal: Ideal, seated: bool = True, whole: bool = True
     ) -> ExpertForms:
-        """Return expert forms no layout can beat: the quickest GPUs, EP ranks on like GPUs, the best seats."""
+        """Return expert forms no layout can beat: the quickest GPUs, EP ranks on like GPUs, the best seats.
+
+        `whole` says that every expert-TP group sits in one innermost domain; else one spans two of them or more.
+        """
         moe = self.model.groups[group].moe
         assert moe is not None
         tokens = self.cost.tokens(scenario, shape)
@@ -169,7 +204,7 @@ class StrategyBound:
                 if shape.ep == 1 or not seated
                 else self._exchange(kind, scenario, group, shape, ideal, types)
             )
-        etp_start, etp_rate = self._etp(scenario, shape, ideal, types, rows if shape.ep > 1 else tokens.block)
+        etp_start, etp_rate = self._etp(shape, ideal, types, rows if shape.ep > 1 else tokens.block, whole)
         received = tokens.block / shape.ep_group * shape.ep
         flat = np.ones(shape.ep)
         return ExpertForms(
@@ -209,17 +244,33 @@ class StrategyBound:
         return min(b[0] for b in bounds), (min(b[1] for b in bounds), min(b[2] for b in bounds))
 
     def _etp(
-        self, scenario: int, shape: Shape, ideal: Ideal, types: list[int], rows: float
+        self, shape: Shape, ideal: Ideal, types: list[int], rows: float, whole: bool
     ) -> tuple[float, float]:
-        """Return the least etp all-reduce: the whole group in one domain, at the mean load of an EP rank."""
+        """Return the least etp all-reduce, at the mean load of an EP rank."""
         if shape.etp == 1:
             return 0.0, 0.0
-        size = float(rows / shape.ep * self.model.hidden * 2)
-        if ideal.capacities[0] >= shape.etp:
-            seat = Seat((shape.etp,), 0, np.inf)
-        else:
-            seat = self.tp_seat(Shape(tp=shape.etp), ideal)
-        return min(self.cost.networks[number].all_reduce(size, seat) for number in types) * 0.999999, 0.0
+        size = float(rows / shape.ep * self.model.hidden * BYTES_PER_VALUE[self.model.dtypes.activations])
+        seats = (
+            (Seat((shape.etp,), 0, np.inf),) if whole else self.spanning_seats(shape.etp, ideal.capacities)
+        )
+        times = [self.cost.networks[number].all_reduce(size, seat) for number in types for seat in seats]
+        # Where the mean load is looked up, a chord of the model may lie a rounding below the curve.
+        return min(times) * (1 - 1e-6), 0.0
+
+    def spanning_seats(self, ranks: int, capacities: tuple[int, ...]) -> tuple[Seat, ...]:
+        """Return for every number of domains from two up the best seat of a group that spans so many.
+
+        Ranks in the emptiest domain drive the NICs, so for each number of domains the even split is best.
+        """
+        fewest = max(2, domains_needed(ranks, capacities))
+        return tuple(
+            Seat(
+                tuple(len(part) for part in np.array_split(np.arange(ranks), domains)),
+                self.outer_level,
+                self.outer_bandwidth,
+            )
+            for domains in range(fewest, max(fewest, min(ranks, len(capacities))) + 1)
+        )
 
     def costs(self, shapes: tuple[Shape, ...], ideals: list[Ideal], seated: bool = True) -> StageCosts:
         """Return the bound of every layer on every stage, and of what does not depend on layers."""
@@ -234,8 +285,10 @@ class StrategyBound:
         return StageCosts(layer, fixed)
 
     def _send(self, scenario: int, before: Shape, after: Shape, ideal: Ideal) -> float:
+        """Return the least time of a send: a rank of the smaller stage shares a domain with all its partners at best."""
         types = [number for number, count in enumerate(ideal.gpus_by_type) if count]
-        levels = range(len(self.problem.cluster.levels))
+        fan = -(-max(before.ranks, after.ranks) // min(before.ranks, after.ranks))
+        levels = [level for level, room in enumerate(self.largest_domain) if room > fan]
         return min(
             self.cost.send_at(scenario, before, after, level, (number,))
             for number in types

@@ -176,26 +176,30 @@ class _Tables:
         shape = self.seat.shape
         if shape.tp == 1:
             return 0, 0
-        half = Seat(
-            (shape.tp - shape.tp // 2, shape.tp // 2), self.bounds.outer_level, self.bounds.outer_bandwidth
+        inside = self._all_reduce_price(Seat((shape.tp,), 0, np.inf))
+        outside = min(
+            self._all_reduce_price(seat)
+            for seat in self.bounds.spanning_seats(shape.tp, self.ideal.capacities)
         )
-        prices = []
-        for seat in (Seat((shape.tp,), 0, np.inf), half):
-            prices.append(
-                sum(
-                    weight
-                    * count
-                    * min(
-                        self.cost.collective_terms(n, group, shape, ((number,), (seat,)))
-                        for number in self.types
-                    )
-                    for n, weight in enumerate(self._weights())
-                    for group, count in self.groups.items()
-                )
-            )
-        together = cpsat.ns(prices[0])
+        # On a machine whose network is quicker than its domains, a group may gain by spanning.
+        together = min(inside, outside)
         # An atom may span because its expert-TP group does while the TP group inside it does not.
-        return together, max(together, cpsat.ns(prices[1])) if shape.atom == shape.tp else together
+        return together, max(together, outside) if shape.atom == shape.tp else together
+
+    def _all_reduce_price(self, seat: Seat) -> int:
+        """Return the price of all TP all-reduces of the stage when the worst-placed group has this seat."""
+        return cpsat.ns(
+            sum(
+                weight
+                * count
+                * min(
+                    self.cost.collective_terms(n, group, self.seat.shape, ((number,), (seat,)))
+                    for number in self.types
+                )
+                for n, weight in enumerate(self._weights())
+                for group, count in self.groups.items()
+            )
+        )
 
     def _exchange(self) -> list[int]:
         shape = self.seat.shape
