@@ -138,11 +138,13 @@ class Network:
         token_bytes: float,
         top_k: int,
         low_latency: bool,
+        least_domains: int = 1,
     ) -> tuple[float, float, float]:
         """Return what no seat of a group of `ranks` can beat: start-up, and seconds per token.
 
         The first figure per token is of the group's worst rank, the second of any one rank. `capacities` are the free
-        GPUs of each innermost domain, most first; `bandwidth` the best across domains. Over N domains some rank has at
+        GPUs of each innermost domain, most first; `bandwidth` the best across domains; the group is known to span
+        `least_domains` or more. Over N domains some rank has at
         most ranks / N neighbours, and copies to other domains are fewest when those are filled to capacity, because
         the chance to hit a domain is concave in the group's ranks there.
         """
@@ -152,7 +154,7 @@ class Network:
         inner = inside["bandwidth_GBps"] * self.inner_scale
         domain_start = inside["start_us"] * self.inner_start_scale
         fan = ranks * (1 - (1 - 1 / ranks) ** top_k) * (1 - 1 / ranks)
-        fewest = int(np.searchsorted(np.cumsum(capacities), ranks)) + 1
+        fewest = max(least_domains, int(np.searchsorted(np.cumsum(capacities), ranks)) + 1)
         start, worst, least = math.inf, math.inf, math.inf
         for domains in range(fewest, min(len(capacities), ranks) + 1):
             if domains == 1:

@@ -11,9 +11,11 @@ import ipaddress
 import re
 import shlex
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import ClassVar
 
@@ -81,10 +83,10 @@ class Options:
         """The address rank 0 listens on: as stated, else its host."""
         return self.master_addr or in_rank_order(placement)[0].host
 
-    def endpoint(self, placement: Placement) -> str:
-        """The address and port rank 0 listens on, in one word."""
-        address = self.master(placement)
-        return f"[{address}]:{self.master_port}" if ":" in address else f"{address}:{self.master_port}"
+    def endpoint(self, host: str, port: int) -> str:
+        """The address, as stated or else `host`, and a port in one word."""
+        address = self.master_addr or host
+        return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 class Launcher(ABC):
@@ -118,11 +120,6 @@ class HostRanks:
     ranks: tuple[RankRecord, ...]
 
     @property
-    def blocked(self) -> bool:
-        """Whether the rank numbers are one run without holes."""
-        return self.ranks[-1].rank - self.ranks[0].rank == len(self.ranks) - 1
-
-    @property
     def runs(self) -> str:
         """The rank numbers for a person: `0-3, 8`."""
         runs: list[list[int]] = []
@@ -154,10 +151,15 @@ def in_rank_order(placement: Placement) -> list[RankRecord]:
 
 def ranks_by_host(placement: Placement) -> list[HostRanks]:
     """Return every host with its ranks, hosts in the order of their first rank."""
-    ranks: dict[str, list[RankRecord]] = {}
-    for record in in_rank_order(placement):
-        ranks.setdefault(record.host, []).append(record)
-    return [HostRanks(host, tuple(records)) for host, records in ranks.items()]
+    return by_host(in_rank_order(placement))
+
+
+def by_host(ranks: Sequence[RankRecord]) -> list[HostRanks]:
+    """Return the hosts of some ranks, each with its own, in the order given."""
+    found: dict[str, list[RankRecord]] = {}
+    for record in ranks:
+        found.setdefault(record.host, []).append(record)
+    return [HostRanks(host, tuple(records)) for host, records in found.items()]
 
 
 def short_names_clash(hosts: Sequence[HostRanks]) -> bool:
@@ -165,10 +167,11 @@ def short_names_clash(hosts: Sequence[HostRanks]) -> bool:
     return len({host.host.partition(".")[0] for host in hosts}) < len(hosts)
 
 
-def not_blocked(placement: Placement) -> str | None:
-    """Return a sentence on the first host whose ranks are not one run, or None when every host's are."""
-    for host in ranks_by_host(placement):
-        if not host.blocked:
+def not_blocked(ranks: Sequence[RankRecord]) -> str | None:
+    """Return a sentence on the first host that holds more than one run of these ranks, or None when none does."""
+    runs = Counter(host for host, _ in groupby(record.host for record in ranks))
+    for host in by_host(ranks):
+        if runs[host.host] > 1:
             return f"host {host.host} holds the ranks {host.runs}, and each host must hold one unbroken run of ranks"
     return None
 
@@ -296,19 +299,21 @@ def host_scripts(
     command: Callable[[int, HostRanks], Sequence[str | Beside]],
     *,
     usage: str,
+    ranks: Sequence[RankRecord] | None = None,
+    notes: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     beside: Mapping[str, EmittedFile] | None = None,
     needs_arguments: bool = False,
 ) -> dict[str, EmittedFile]:
-    """Return `NAME-HOST.sh` for every host, in the order of their first rank.
+    """Return `NAME-HOST.sh` for every host of `ranks`, all of the placement unless told, in the order of their first.
 
     Each checks its host, shows the command that host's GPUs in rank order, and becomes what `command` returns for the
     host's number and ranks, with the arguments given to the script. `beside` are emitted files the command reads: the
-    script refuses to run when one is missing or not the one made with it.
+    script refuses to run when one is missing or not the one made with it. `notes` are lines under the usage.
     """
-    hosts = ranks_by_host(placement)
+    hosts = ranks_by_host(placement) if ranks is None else by_host(ranks)
     digest = placement.digest()
-    exact = short_names_clash(hosts)
+    exact = short_names_clash(ranks_by_host(placement))
     sums = {check_file_name(file): emitted.sha256 for file, emitted in (beside or {}).items()}
     scripts: dict[str, EmittedFile] = {}
     for number, host in enumerate(hosts):
@@ -318,6 +323,7 @@ def host_scripts(
             name=file,
             title=f"{name} on {host.host}, host {number} of {len(hosts)}: ranks {host.runs}",
             usage=usage,
+            notes=notes,
             version=placement.placer,
             digest=digest,
             host=host.host,

@@ -12,6 +12,7 @@ from placer.launchers.base import (
     Launcher,
     Options,
     host_scripts,
+    in_rank_order,
     not_blocked,
     ranks_by_host,
 )
@@ -26,7 +27,7 @@ class Torchrun(Launcher):
 
     def cannot(self, placement: Placement) -> str | None:
         """Return why not: torchrun numbers the ranks of a host in one run."""
-        return not_blocked(placement)
+        return not_blocked(in_rank_order(placement))
 
     def render(self, placement: Placement, options: Options) -> dict[str, EmittedFile]:
         """Return `torchrun-HOST.sh` for every host."""

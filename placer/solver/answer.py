@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from placer import __version__, verify
@@ -67,7 +68,7 @@ def make_placement(problem: Problem, result: Result, seed: int) -> Placement:
     parts = [
         PartRecord(
             name=candidate.strategy.name(),
-            bound_s=candidate.bound,
+            bound_s=candidate.bound if math.isfinite(candidate.bound) else None,
             objective_s=candidate.objective if candidate.plan is not None else None,
             note=candidate.note,
         )

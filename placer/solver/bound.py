@@ -55,19 +55,20 @@ class StrategyBound:
             int(np.bincount(level.domain_of[problem.allowed], minlength=1).max())
             for level in problem.cluster.levels
         ]
-        self._cache: dict[tuple[Shape, Ideal, bool], tuple[Floats, Floats]] = {}
+        self._cache: dict[tuple[Shape, Ideal, bool, int], tuple[Floats, Floats]] = {}
 
-    def stage(self, shape: Shape, ideal: Ideal, seated: bool = True) -> tuple[Floats, Floats]:
+    def stage(self, shape: Shape, ideal: Ideal, seated: bool = True, among: int = 1) -> tuple[Floats, Floats]:
         """Return (scenarios, layers) seconds of each layer, and (scenarios, 2) of embedding and head: lower bounds.
 
         Without `seated` the layers' TP all-reduces and expert exchange are left out, for a model that prices them.
+        With `among` the stage is the slowest of so many like it, by its slowest GPU; GPU types must rank alike in all terms.
         """
-        key = (shape, ideal, seated)
+        key = (shape, ideal, seated, among)
         if key not in self._cache:
-            self._cache[key] = self._stage(shape, ideal, seated)
+            self._cache[key] = self._stage(shape, ideal, seated, among)
         return self._cache[key]
 
-    def _stage(self, shape: Shape, ideal: Ideal, seated: bool) -> tuple[Floats, Floats]:
+    def _stage(self, shape: Shape, ideal: Ideal, seated: bool, among: int) -> tuple[Floats, Floats]:
         problem, model = self.problem, self.model
         scenarios = range(len(problem.scenarios))
         by_group = np.zeros((len(problem.scenarios), len(model.groups)))
@@ -76,8 +77,9 @@ class StrategyBound:
         for n in scenarios:
             for group in range(len(model.groups)):
                 rows = {number: self.cost.dense_terms(n, group, shape, (number,)) for number in types}
+                quickest = among * shape.ranks if self._rank_alike(list(rows.values())) else shape.ranks
                 by_group[n, group] = sum(
-                    self._at_best({number: row[name] for number, row in rows.items()}, shape.ranks, ideal)
+                    self._at_best({number: row[name] for number, row in rows.items()}, quickest, ideal)
                     for name in rows[types[0]]
                 )
                 if seated:
@@ -87,6 +89,12 @@ class StrategyBound:
         if model.moe:
             layers = layers + self._expert_layers(shape, ideal, seated)
         return layers, edges
+
+    def _rank_alike(self, rows: list[dict[str, float]]) -> bool:
+        """Whether one order of the GPU types sorts every term from quick to slow."""
+        table = np.array([list(row.values()) for row in rows])
+        ordered = table[np.argsort(table.sum(axis=1))]
+        return bool((np.diff(ordered, axis=0) >= 0).all())
 
     def _at_best(self, by_type: dict[int, float], ranks: int, ideal: Ideal) -> float:
         """Return the least possible maximum over `ranks` GPUs of a time that depends on the GPU type."""
@@ -202,7 +210,7 @@ class StrategyBound:
             starts[kind], floors[kind] = (
                 (0.0, (0.0, 0.0))
                 if shape.ep == 1 or not seated
-                else self._exchange(kind, scenario, group, shape, ideal, types)
+                else self._exchange(kind, scenario, group, shape, ideal, types, whole)
             )
         etp_start, etp_rate = self._etp(shape, ideal, types, rows if shape.ep > 1 else tokens.block, whole)
         received = tokens.block / shape.ep_group * shape.ep
@@ -223,12 +231,16 @@ class StrategyBound:
         )
 
     def _exchange(
-        self, kind: str, scenario: int, group: int, shape: Shape, ideal: Ideal, types: list[int]
+        self, kind: str, scenario: int, group: int, shape: Shape, ideal: Ideal, types: list[int], whole: bool
     ) -> tuple[float, tuple[float, float]]:
         """Return the least start-up, and per token the least worst-rank and the least any-rank seconds of an exchange."""
         moe = self.model.groups[group].moe
         assert moe is not None
         low_latency = self.problem.scenarios[scenario].phase == "decode"
+        # Where not every exchanging group finds a domain that holds it whole, one of them spans two.
+        # With expert-TP groups whole, capacities count such groups, and one row of them is one exchanging group each.
+        groups = shape.edp * (1 if whole else shape.etp)
+        fewest = 1 if sum(room // shape.ep for room in ideal.capacities) >= groups else 2
         bounds = [
             self.cost.networks[number].exchange_bound(
                 kind,
@@ -238,6 +250,7 @@ class StrategyBound:
                 self.cost.token_bytes(kind),
                 moe.top_k,
                 low_latency,
+                fewest,
             )
             for number in types
         ]
@@ -258,18 +271,19 @@ class StrategyBound:
         return min(times) * (1 - 1e-6), 0.0
 
     def spanning_seats(self, ranks: int, capacities: tuple[int, ...]) -> tuple[Seat, ...]:
-        """Return for every number of domains from two up the best seat of a group that spans so many.
+        """Return for every number of domains from two up the seats that may be best for a group that spans so many.
 
-        Ranks in the emptiest domain drive the NICs, so for each number of domains the even split is best.
+        Ranks in the emptiest domain drive the NICs, those in the fullest the links inside; either may be the slower.
         """
         fewest = max(2, domains_needed(ranks, capacities))
         return tuple(
             Seat(
-                tuple(len(part) for part in np.array_split(np.arange(ranks), domains)),
+                (ranks - emptiest * (domains - 1), *[emptiest] * (domains - 1)),
                 self.outer_level,
                 self.outer_bandwidth,
             )
             for domains in range(fewest, max(fewest, min(ranks, len(capacities))) + 1)
+            for emptiest in range(1, ranks // domains + 1)
         )
 
     def costs(self, shapes: tuple[Shape, ...], ideals: list[Ideal], seated: bool = True) -> StageCosts:
@@ -295,9 +309,8 @@ class StrategyBound:
             for level in levels
         )
 
-    def total(self, costs: StageCosts, counts: list[int | None]) -> float:
-        """Return the lower bound on the objective over every split of the layers that `counts` allows."""
-        problem = self.problem
+    def steps(self, costs: StageCosts, counts: list[int | None]) -> Floats:
+        """Return (scenarios,) lower bounds on the step times over every split of the layers that `counts` allows."""
         if None not in counts:
             edges = np.cumsum([0, *[count or 0 for count in counts]]).tolist()
             sums = costs.times(edges).sum(axis=1)
@@ -306,8 +319,18 @@ class StrategyBound:
             open_stages = [number for number, count in enumerate(counts) if count != 0]
             sums = costs.layer[:, open_stages].min(axis=1).sum(axis=1) + costs.fixed.sum(axis=1)
             slowest = sums / len(counts)
-        fill = np.array([scenario.micro_batches - 1 for scenario in problem.scenarios])
-        return float(problem.weights @ (sums + fill * slowest))
+        fill = np.array([scenario.micro_batches - 1 for scenario in self.problem.scenarios])
+        return np.asarray(sums + fill * slowest)
+
+    def total(self, costs: StageCosts, counts: list[int | None]) -> float:
+        """Return the lower bound on the objective over every split of the layers that `counts` allows."""
+        return float(self.problem.weights @ self.steps(costs, counts))
+
+
+def groups_seated(problem: Problem, eligible: NDArray[np.bool_], level: str, size: int) -> int:
+    """Return how many groups of `size` ranks can sit whole in a domain of `level`, on the GPUs of the mask `eligible`."""
+    domain_of = problem.cluster.levels[problem.level_number(level)].domain_of
+    return int((np.bincount(domain_of[eligible], minlength=1) // size).sum())
 
 
 def domains_needed(ranks: int, capacities: tuple[int, ...]) -> int:

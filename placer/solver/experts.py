@@ -418,7 +418,13 @@ def fewest_active(task: ExpertTask, scenario: int) -> Floats:
     most = min(task.ep, redundant + 1)
     if redundant == 0 or most < 2:
         return np.asarray(single.sum(axis=1))
-    slope = (most * active_probability(loads / most, tokens, task.top_k) - single) / (most - 1)
+    # Below one token it is convex instead: then the least slope is one of those to fewer copies.
+    slope = np.minimum.reduce(
+        [
+            (copies * active_probability(loads / copies, tokens, task.top_k) - single) / (copies - 1)
+            for copies in ([most] if tokens >= 1 else range(2, most + 1))
+        ]
+    )
     return np.asarray(single.sum(axis=1) + redundant * slope.min(axis=1))
 
 

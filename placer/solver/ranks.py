@@ -62,6 +62,24 @@ def type_choices(problem: Problem, cost: CostModel, seats: list[StageSeat]) -> I
             yield mask
 
 
+@dataclass(frozen=True)
+class Way:
+    """One way to build seats from nothing.
+
+    `even` spreads a block evenly over its domains, otherwise domains are filled one after the other; `roomy` starts
+    each stage in the emptiest region rather than in the tightest; `striped` gives every block the same mix of GPU
+    types, the quickest first, so that an EP rank is as quick in every EDP copy and experts can be dealt by speed.
+    """
+
+    even: bool = True
+    roomy: bool = False
+    striped: bool = False
+
+
+#: The ways tried; striping only where a stage has several blocks and GPU types.
+WAYS = (Way(), Way(even=False), Way(roomy=True), Way(striped=True), Way(even=False, striped=True))
+
+
 def stage_orders(seats: list[StageSeat]) -> list[tuple[int, ...]]:
     """Return the orders in which stages may choose their GPUs: the neediest first, then others where stages are few."""
     neediest = tuple(sorted(range(len(seats)), key=lambda n: (-seats[n].need, -seats[n].shape.ranks, n)))
@@ -74,14 +92,11 @@ def start(
     seats: list[StageSeat],
     mask: Mask,
     order: Sequence[int],
-    *,
-    even: bool = True,
-    roomy: bool = False,
+    way: Way = Way(),
 ) -> list[Ints] | None:
     """Return the GPUs of every stage in rank order, or None when they do not fit this way.
 
-    `order` says which stage chooses first. `even` spreads a block evenly over its domains, otherwise domains are
-    filled one after the other; `roomy` starts each stage in the emptiest region rather than in the tightest.
+    `order` says which stage chooses first.
     """
     free = problem.allowed & mask
     result: list[Ints | None] = [None] * len(seats)
@@ -95,7 +110,7 @@ def start(
             )
             if gpus is not None
         ]
-        gpus = _place_stage(problem, seat, free & eligible(problem, seat), near, even, roomy)
+        gpus = _place_stage(problem, seat, free & eligible(problem, seat), near, way)
         if gpus is None:
             return None
         result[number] = gpus
@@ -103,23 +118,39 @@ def start(
     return [gpus for gpus in result if gpus is not None]
 
 
-def _place_stage(
-    problem: Problem, seat: StageSeat, free: Mask, near: list[Ints], even: bool, roomy: bool
-) -> Ints | None:
-    shape, requirements = seat.shape, problem.requirements
-    region = _region(problem, free, shape.ranks, near, roomy=roomy)
+def _place_stage(problem: Problem, seat: StageSeat, free: Mask, near: list[Ints], way: Way) -> Ints | None:
+    shape = seat.shape
+    region = _region(problem, free, shape.ranks, near, roomy=way.roomy)
     if region is None:
         return None
     free = free & region
+    quotas = _quotas(problem, shape, free) if way.striped else [(free, shape.block)]
+    if quotas is None:
+        return None
     blocks: list[Ints] = []
     for _ in range(shape.blocks):
-        block = _place_block(problem, shape, free, requirements.tp_within, requirements.ep_within, even)
-        if block is None:
-            return None
-        blocks.append(block)
-        free = free.copy()
-        free[block] = False
+        for mask, ranks in quotas:
+            part = _place_block(problem, shape, free & mask, ranks, way.even)
+            if part is None:
+                return None
+            blocks.append(part)
+            free = free.copy()
+            free[part] = False
     return np.concatenate(blocks)
+
+
+def _quotas(problem: Problem, shape: Shape, free: Mask) -> list[tuple[Mask, int]] | None:
+    """Return how many ranks of every block go on each GPU type (as masks), the quickest type first; None for no mix."""
+    cluster, left = problem.cluster, shape.block
+    order = sorted(range(len(cluster.types)), key=lambda number: -cluster.types[number].memory_bandwidth)
+    quotas: list[tuple[Mask, int]] = []
+    for number in order:
+        mask = np.asarray(cluster.type_of == number)
+        ranks = min(left, int((free & mask).sum()) // shape.blocks // shape.atom * shape.atom)
+        if ranks:
+            quotas.append((mask, ranks))
+            left -= ranks
+    return quotas if left == 0 and len(quotas) > 1 and shape.blocks > 1 else None
 
 
 def _region(
@@ -148,29 +179,30 @@ def _region(
     return None
 
 
-def _place_block(
-    problem: Problem, shape: Shape, free: Mask, tp_within: str | None, ep_within: str | None, even: bool
-) -> Ints | None:
-    inner = problem.cluster.levels[0].domain_of
-    outermost = problem.level_number(ep_within) if ep_within is not None and shape.ep > 1 else None
-    if tp_within is not None and shape.tp == shape.block:
-        within = problem.level_number(tp_within)
+def _place_block(problem: Problem, shape: Shape, free: Mask, ranks: int, even: bool) -> Ints | None:
+    """Return GPUs for `ranks` ranks of a block, a whole number of atoms, in the tightest region that has them."""
+    inner, requirements = problem.cluster.levels[0].domain_of, problem.requirements
+    outermost = (
+        problem.level_number(requirements.ep_within) if requirements.ep_within and shape.ep > 1 else None
+    )
+    if requirements.tp_within is not None and shape.tp == shape.block:
+        within = problem.level_number(requirements.tp_within)
         outermost = within if outermost is None else min(within, outermost)
-    region = _region(problem, free, shape.block, [], outermost)
+    region = _region(problem, free, ranks, [], outermost)
     if region is None:
         return None
     free = free & region
     capacity = np.bincount(inner[free], minlength=int(inner.max()) + 1)
-    counts = _atoms_by_domain(capacity, shape.atom, shape.block // shape.atom, even)
+    counts = _atoms_by_domain(capacity, shape.atom, ranks // shape.atom, even)
     taken: list[Ints] = []
     left = free.copy()
     for domain in np.flatnonzero(counts).tolist():
         members = np.flatnonzero(left & (inner == domain))[: counts[domain] * shape.atom]
         taken.append(members)
         left[members] = False
-    missing = shape.block // shape.atom - int(counts.sum())
+    missing = ranks // shape.atom - int(counts.sum())
     for _ in range(missing):
-        atom = _spanning_atom(problem, shape, left, tp_within)
+        atom = _spanning_atom(problem, shape, left, requirements.tp_within)
         if atom is None:
             return None
         taken.append(atom)

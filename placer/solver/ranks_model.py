@@ -207,8 +207,9 @@ class _Tables:
         moe_groups = {
             group: count for group, count in self.groups.items() if self.problem.model.groups[group].moe
         }
-        if shape.block != shape.ep or not moe_groups:
-            # Only where the block is one exchanging group do the block's counts say where that group sits.
+        if shape.ep == 1 or shape.block != shape.ep or not moe_groups:
+            # Only where the block is one exchanging group do the block's counts say where that group sits; one rank
+            # alone exchanges nothing.
             return prices
         for domains in range(1, self.most_domains + 1):
             for emptiest in range(1, shape.block // domains + 1):

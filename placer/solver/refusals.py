@@ -48,7 +48,7 @@ class Refusals:
         """Return one sentence a kind, the kind with most strategies first."""
         ordered = sorted(self.kinds.values(), key=lambda kind: -kind.count)
         return [
-            kind.text if kind.count == 1 else f"of {kind.count} strategies alike the nearest, {kind.text}"
+            kind.text + (f" (the nearest of {kind.count} strategies left out like this)" if kind.count > 1 else "")
             for kind in ordered
         ]
 

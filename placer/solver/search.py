@@ -22,11 +22,13 @@ from placer.errors import InputError, SolverError
 from placer.placement import Plan, StagePlan
 from placer.problem import Problem
 from placer.solver import experts, experts_model, ranks, stages
-from placer.solver.bound import Ideal, StrategyBound, ideal_for
+from placer.solver.bound import Ideal, StrategyBound, groups_seated, ideal_for
 from placer.solver.clock import Clock
 from placer.solver.ranks_model import solve_counts
 from placer.solver.refusals import Refusals, nothing_to_try
 from placer.solver.seating import Seater, Seating, expert_task
+from placer.solver.stages import StageCosts
+from placer.spec.units import format_time
 from placer.strategy import Strategy, enumerate_strategies
 
 Ints = NDArray[np.int64]
@@ -57,6 +59,7 @@ class Candidate:
     ideals: list[Ideal]
     plan: Plan | None = None
     objective: float = float("inf")
+    seat_value: float = float("inf")
     refined: bool = False
     note: str = ""
 
@@ -194,9 +197,35 @@ class Search:
         if short is not None:
             self.refused.add_memory(problem, strategy, short, needs[short], limits[short])
             return None
+        if not self._groups_fit(strategy, needs):
+            return None
         ideals = [ideal_for(problem, need) for need in needs]
         costs = self.bounds.costs(shapes, ideals)
-        return Candidate(strategy, counts, self.bounds.total(costs, counts), ideals)
+        steps = self.bounds.steps(costs, counts)
+        for scenario, step in zip(problem.scenarios, steps.tolist(), strict=True):
+            limit = problem.requirements.max_step.get(scenario.name)
+            if limit is not None and step > limit:
+                text = f"takes at least {format_time(step)} for {scenario.name}, more than `max_step` {format_time(limit)}"
+                self.refused.add("max_step", strategy, text, step / limit)
+                return None
+        return Candidate(strategy, counts, float(problem.weights @ steps), ideals)
+
+    def _groups_fit(self, strategy: Strategy, needs: list[int]) -> bool:
+        """Whether counting leaves a domain for every group that `tp_within` and `ep_within` keep together."""
+        problem = self.problem
+        for kind in ("tp_within", "ep_within"):
+            level = getattr(problem.requirements, kind)
+            if level is None:
+                continue
+            for shape, need in zip(strategy.stages, needs, strict=True):
+                size = shape.tp if kind == "tp_within" else shape.ep_group
+                found = groups_seated(problem, problem.allowed & (problem.memory_limit >= need), level, size)
+                wanted = shape.ranks // size
+                if found < wanted:
+                    text = f"wants {wanted} groups of {size} GPUs inside a `{level}` domain each under `{kind}`, and {found} can be had"
+                    self.refused.add(kind, strategy, text, wanted / (found + 1))
+                    return False
+        return True
 
     def _least_needs(self, memory: stages.StageMemory, counts: list[int | None]) -> list[int]:
         """Return the fewest bytes that a rank of each stage fills over every split that `counts` allows."""
@@ -258,13 +287,43 @@ class Search:
         edges, bound = stages.improve(
             self.problem, shapes, costs, candidate.counts, seater.memory, limits, edges, self.clock, self.seed
         )
-        candidate.bound = max(candidate.bound, bound)
+        candidate.bound = max(candidate.bound, bound, self._shared_bound(candidate, seater, costs))
+        if candidate.bound >= self._best_value():
+            return
         seating = seater.best(costs, edges)
         if seating is None:
             self._refuse(candidate, "was given no seats for its ranks by the ways that were tried")
             return
+        candidate.seat_value = seating.value
+        if seating.value >= self._best_value():
+            candidate.note = f"at best {format_time(seating.value)} on the best seats found"
+            return
         placed = self._experts(candidate, seating, rounds=30, keep=0.4 * self.clock.limit)
         self._offer(candidate, seating, placed)
+
+    def _shared_bound(self, candidate: Candidate, seater: Seater, costs: StageCosts) -> float:
+        """Return the lower bound of like stages that cannot all have the quickest GPUs; 0 where nothing is gained.
+
+        In the order of their slowest GPUs, stage j has none quicker than the (j + 1) n-th quickest of all. The slow
+        stages hold what memory keeps the quick ones from holding.
+        """
+        shapes, layers = candidate.strategy.stages, self.problem.model.layer_count
+        if len(shapes) == 1 or not candidate.strategy.uniform or None not in candidate.counts:
+            return 0.0
+        steps = [
+            self.bounds.stage(shapes[0], candidate.ideals[0], among=n + 1)[0] for n in range(len(shapes))
+        ]
+        if all(step is steps[0] or np.array_equal(step, steps[0]) for step in steps):
+            return 0.0
+        most = seater.most_layers()
+        extra = np.array([(step - steps[0]).min(axis=1) for step in steps])
+        left, added = layers, np.zeros(len(self.problem.scenarios))
+        for n in range(len(shapes)):
+            held = max(1, min(most, left - (len(shapes) - 1 - n)))
+            added += held * extra[n]
+            left -= held
+        base = self.bounds.total(costs, candidate.counts)
+        return base + float(self.problem.weights @ added)
 
     def _refuse(self, candidate: Candidate, reason: str) -> None:
         candidate.note, candidate.refined = reason, True
@@ -344,9 +403,10 @@ class Search:
             key=lambda item: (item.objective, item.strategy.name()),
         )
         for candidate in built[:REFINED]:
-            if self.clock.over(keep=0.1 * self.clock.limit) or (
-                candidate.bound >= self._best_value() * (1 - OPTIMAL_GAP) and candidate is not self.best
-            ):
+            if self.clock.over(keep=0.1 * self.clock.limit):
+                break
+            # Experts at their bounds on its seats would not beat the best either.
+            if candidate is not self.best and candidate.seat_value >= self._best_value() * (1 - OPTIMAL_GAP):
                 continue
             self._refine_one(candidate)
             self._tell(candidates, f"refining {candidate.strategy.name()}")

@@ -28,9 +28,11 @@ Ints = NDArray[np.int64]
 
 #: How many seatings are priced to improve one, by the number of ranks: small problems can afford to look closely.
 MOVES_SMALL, MOVES_LARGE = 1500, 60
+#: Seatings built from nothing that are improved.
+KEPT = 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seating:
     """GPUs of every stage in rank order, the split of the layers that suits them, and their price in seconds."""
 
@@ -57,19 +59,31 @@ class Seater:
             for n, shape in enumerate(self.shapes)
         ]
 
+    def most_layers(self) -> int:
+        """Return the most layers that any stage could hold if it had the roomiest GPUs."""
+        limits = stages.memory_limits(self.problem, self.shapes)
+        layers, found = self.problem.model.layer_count, 0
+        for stage in sorted({0, len(self.shapes) // 2, len(self.shapes) - 1}):
+            first = 0
+            for last in range(1, layers + 1):
+                while self.memory.need(stage, first, last) > limits[stage] and first < last:
+                    first += 1
+                found = max(found, last - first)
+        return found
+
     def best(self, costs: StageCosts, edges: list[int]) -> Seating | None:
         """Return the best seating found from the split `edges`, chosen by `costs`; None when no way to seat was found."""
-        best: Seating | None = None
+        found: list[Seating] = []
         for split in self._splits(costs, edges):
             for _ in range(3):
-                found = self._from_split(split)
-                if found is None or (best is not None and found.value >= best.value * (1 - 1e-9)):
+                better = [seating for seating in self._from_split(split) if seating not in found]
+                found = sorted([*found, *better], key=lambda seating: seating.value)[:KEPT]
+                if not better or found[0].edges == split:
                     break
-                best = found
-                if best.edges == split:
-                    break
-                split = best.edges
-        return None if best is None else self._improved(best)
+                split = found[0].edges
+        return min(
+            (self._improved(seating) for seating in found), key=lambda seating: seating.value, default=None
+        )
 
     def _splits(self, costs: StageCosts, edges: list[int]) -> Iterator[list[int]]:
         yield edges
@@ -79,18 +93,18 @@ class Seater:
                 if found is not None and found != edges:
                     yield found
 
-    def _from_split(self, edges: list[int]) -> Seating | None:
-        best: Seating | None = None
+    def _from_split(self, edges: list[int]) -> list[Seating]:
+        """Return the best seatings built from nothing for a split, one of each price, the cheapest first."""
+        by_price: dict[float, Seating] = {}
         seats = self.seats(edges)
         orders = ranks.stage_orders(seats)
-        ways = [(True, False), (False, False), (True, True)]
         for mask in ranks.type_choices(self.problem, self.cost, seats):
-            for order, (even, roomy) in product(orders, ways):
-                gpus = ranks.start(self.problem, seats, mask, order, even=even, roomy=roomy)
+            for order, way in product(orders, ranks.WAYS):
+                gpus = ranks.start(self.problem, seats, mask, order, way)
                 seating = None if gpus is None else self.price(gpus)
-                if seating is not None and (best is None or seating.value < best.value * (1 - 1e-12)):
-                    best = seating
-        return best
+                if seating is not None:
+                    by_price.setdefault(round(seating.value, 12), seating)
+        return [by_price[price] for price in sorted(by_price)[:KEPT]]
 
     def _improved(self, seating: Seating) -> Seating:
         budget = MOVES_SMALL if sum(len(row) for row in seating.gpus) <= 16 else MOVES_LARGE

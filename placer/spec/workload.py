@@ -33,7 +33,8 @@ def _kind_of_loads(value: Any) -> str:
 
 
 ExpertLoads = Annotated[
-    Annotated[LoadFile, Tag("LoadFile")] | Annotated[LoadGenerator, Tag("LoadGenerator")], Discriminator(_kind_of_loads)
+    Annotated[LoadFile, Tag("LoadFile")] | Annotated[LoadGenerator, Tag("LoadGenerator")],
+    Discriminator(_kind_of_loads),
 ]
 
 

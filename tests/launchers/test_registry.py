@@ -54,11 +54,13 @@ def test_list_says_which_can_and_why_not(interleaved, moe):
     assert all(entry.cannot is None for entry in list_launchers(moe))
 
 
-def test_refusal_names_those_that_can(two_by_four, tmp_path):
+def test_refusal_names_those_that_can(uneven, tmp_path):
     with pytest.raises(ExportError, match=r"; `ranks` and `torchrun` can$"):
-        emit(two_by_four, "sglang", tmp_path)
-    with pytest.raises(ExportError, match=r"^sglang cannot express this placement: dp is 2"):
-        LAUNCHERS["sglang"].files(two_by_four, Options())
+        emit(uneven, "sglang", tmp_path)
+    with pytest.raises(
+        ExportError, match=r"^sglang cannot express this placement: host node02 holds 3 ranks"
+    ):
+        LAUNCHERS["sglang"].files(uneven, Options())
 
 
 def test_nothing_is_replaced_without_force(two_by_four, tmp_path):

@@ -38,18 +38,26 @@ def tally() -> Tally:
 
 def compare(problem: Problem, result: Result, joint: JointAnswer, tally: Tally) -> None:
     if joint.objective is None or result.objective is None:
-        assert (result.objective is None) == (joint.objective is None), f"{problem.name}: only one side has a placement"
+        assert (result.objective is None) == (joint.objective is None), (
+            f"{problem.name}: only one side has a placement"
+        )
         assert result.status in ("infeasible", "nothing found")
         tally.infeasible += 1
         return
     assert result.bound is not None
     # Whether or not the joint model got to its proof, no bound may lie above an answer that anyone has seen.
-    assert result.bound <= joint.objective * (1 + TOLERANCE), f"{problem.name}: the bound is above the joint answer"
-    assert joint.bound <= result.objective * (1 + TOLERANCE), f"{problem.name}: better than the joint model's bound"
+    assert result.bound <= joint.objective * (1 + TOLERANCE), (
+        f"{problem.name}: the bound is above the joint answer"
+    )
+    assert joint.bound <= result.objective * (1 + TOLERANCE), (
+        f"{problem.name}: better than the joint model's bound"
+    )
     if not joint.proven:
         tally.unproven += 1
         return
-    assert result.objective >= joint.objective * (1 - TOLERANCE), f"{problem.name}: better than the joint optimum"
+    assert result.objective >= joint.objective * (1 - TOLERANCE), (
+        f"{problem.name}: better than the joint optimum"
+    )
     tally.differences.append(result.objective / joint.objective - 1)
     tally.gaps.append(result.gap or 0.0)
 
