@@ -295,14 +295,14 @@ class StrategyBound:
         fixed[:, -1] += stages[-1][1][:, 1]
         for n in range(len(self.problem.scenarios)):
             for number in range(len(shapes) - 1):
-                fixed[n, number] += self._send(n, shapes[number], shapes[number + 1], ideals[number])
+                fixed[n, number] += self._send(n, shapes[number], shapes[number + 1])
         return StageCosts(layer, fixed)
 
-    def _send(self, scenario: int, before: Shape, after: Shape, ideal: Ideal) -> float:
+    def _send(self, scenario: int, before: Shape, after: Shape) -> float:
         """Return the least time of a send: a rank of the smaller stage shares a domain with all its partners at best."""
-        types = [number for number, count in enumerate(ideal.gpus_by_type) if count]
         fan = -(-max(before.ranks, after.ranks) // min(before.ranks, after.ranks))
         levels = [level for level, room in enumerate(self.largest_domain) if room > fan]
+        types = range(len(self.cost.gpus))
         return min(
             self.cost.send_at(scenario, before, after, level, (number,))
             for number in types

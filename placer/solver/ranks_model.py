@@ -1,8 +1,8 @@
 """The CP-SAT model of ranks to GPUs: whole atoms per block and innermost domain, and its bound.
 
-Domains that are alike (same free GPUs by type and by room for each stage) are interchangeable, so they are ordered by
-what the first block takes. The price of a block is looked up by (domains spanned, ranks in its emptiest domain), for
-the best layout that has those two figures, which makes the optimum a lower bound on every layout.
+The price of a block is looked up by (domains spanned, ranks in its emptiest domain), for the best layout that has those
+two figures, which makes the optimum a lower bound on every layout. Like domains are left to CP-SAT's own symmetry
+detection.
 """
 
 from __future__ import annotations

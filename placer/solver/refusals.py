@@ -48,7 +48,8 @@ class Refusals:
         """Return one sentence a kind, the kind with most strategies first."""
         ordered = sorted(self.kinds.values(), key=lambda kind: -kind.count)
         return [
-            kind.text + (f" (the nearest of {kind.count} strategies left out like this)" if kind.count > 1 else "")
+            kind.text
+            + (f" (the nearest of {kind.count} strategies left out like this)" if kind.count > 1 else "")
             for kind in ordered
         ]
 

@@ -37,6 +37,8 @@ MAX_CANDIDATES = 10_000
 SCOUTS = 40
 REFINED = 6
 OPTIMAL_GAP = 1e-6
+#: Times go into CP-SAT as whole nanoseconds, rounded down; what is left of that in a bound.
+BOUND_ROUNDING = 1e-8
 
 
 @dataclass(frozen=True)
@@ -386,14 +388,19 @@ class Search:
                     "max_step", candidate.strategy, f"was built, but {candidate.note}", latency.total / limit
                 )
                 return
-        if value < candidate.bound * (1 - 1e-9):
-            raise SolverError(
-                f"the bound {candidate.bound!r} of {candidate.strategy.name()} is above a placement of {value!r}; this is a fault in placer"
-            )
+        self._check_bound(candidate, candidate.bound, value)
         if value < candidate.objective:
             candidate.plan, candidate.objective = plan, value
         if value < self._best_value() * (1 - 1e-12):
             self.best = candidate
+
+    def _check_bound(self, candidate: Candidate, bound: float, value: float) -> None:
+        """Raise SolverError when a bound lies above a placement that was seen, beyond rounding."""
+        if bound > value * (1 + BOUND_ROUNDING):
+            raise SolverError(
+                f"the bound {bound!r} of {candidate.strategy.name()} is above a placement of {value!r}; "
+                "this is a fault in placer"
+            )
 
     # 3. refine
 
@@ -440,6 +447,7 @@ class Search:
         if None not in candidate.counts:
             rest = self.bounds.costs(candidate.strategy.stages, candidate.ideals, seated=False)
             proven = self.bounds.total(rest, candidate.counts) + answer.bound * (1 - 1e-9)
+            self._check_bound(candidate, proven, candidate.objective)
             candidate.bound = min(max(candidate.bound, proven), candidate.objective)
         named = None if answer.counts is None else ranks.by_counts(problem, seats, answer.counts)
         better = None if named is None else seater.price(named)

@@ -212,11 +212,11 @@ def split_model(
         times = []
         for stage in range(stages):
             prefix = np.concatenate([[0.0], costs.layer[number, stage].cumsum()]) * weight
-            values = [int(value) for value in prefix]
+            # Rounded so that a stage never counts longer than it is: the model's bound is reported as one.
             ends = []
-            for bound in (bounds[stage], bounds[stage + 1]):
-                at = model.new_int_var(0, values[-1], "")
-                model.add_element(bound, values, at)
+            for bound, rounded in ((bounds[stage], np.ceil(prefix)), (bounds[stage + 1], np.floor(prefix))):
+                at = model.new_int_var(0, int(rounded[-1]), "")
+                model.add_element(bound, rounded.astype(int).tolist(), at)
                 ends.append(at)
             times.append(ends[1] - ends[0] + int(costs.fixed[number, stage] * weight))
         terms.extend(times)

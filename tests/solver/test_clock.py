@@ -12,6 +12,11 @@ import pytest
 from placer.solver.clock import Clock
 
 
+def press() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)
+
+
 def test_time_runs_down() -> None:
     """What is left and what is kept; a clock that was never asked is not cut short."""
     clock = Clock(100.0)
@@ -39,15 +44,13 @@ def test_ctrl_c_is_caught_once_and_the_handler_restored() -> None:
     clock = Clock(60)
     with clock.catching_interrupt():
         assert signal.getsignal(signal.SIGINT) is not before
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.01)
+        press()
         assert clock.interrupted
         assert clock.left() == 0.0
         assert clock.over()
         assert signal.getsignal(signal.SIGINT) is before
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1.0)
+            press()
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,9 @@ from hypothesis import strategies as st
 from placer.cost.latency import CostModel
 from placer.problem import Problem
 from placer.solver import ranks
-from placer.solver.ranks import StageSeat
+from placer.solver.ranks import WAYS, StageSeat, Way
 from placer.strategy import Shape
 from tests.solver.building import Ints, cluster_data, make_problem
-
-WAYS = list(product([True, False], [True, False]))
 
 
 def seats_for(*shapes: Shape, need: int | list[int] = 0) -> list[StageSeat]:
@@ -59,8 +56,8 @@ def test_start_is_legal_in_every_order_and_way(tmp_path_factory: pytest.TempPath
     room = sorted(set(problem.memory_limit.tolist()))
     seats = seats_for(*shapes, need=[int(rng.choice([0, *room])) for _ in shapes])
     for order in ranks.stage_orders(seats):
-        for even, roomy in WAYS:
-            gpus = ranks.start(problem, seats, everything(problem), order, even=even, roomy=roomy)
+        for way in WAYS:
+            gpus = ranks.start(problem, seats, everything(problem), order, way)
             if gpus is not None:
                 check_seats(problem, seats, gpus)
     one = seats_for(shapes[0], need=seats[0].need)
@@ -77,7 +74,7 @@ def test_tp_groups_stay_whole_where_counting_says_so(hosts: list[int], tp: int, 
     for dp in {whole, whole // 2} - {0}:
         for even in (True, False):
             seats = seats_for(Shape(tp=tp, dp=dp))
-            gpus = ranks.start(problem, seats, everything(problem), [0], even=even)
+            gpus = ranks.start(problem, seats, everything(problem), [0], Way(even=even))
             assert gpus is not None
             check_seats(problem, seats, gpus)
             assert split_groups(problem, gpus[0], tp) == 0
@@ -92,7 +89,7 @@ def test_an_ep_group_keeps_its_tp_groups_whole(tmp_path: Path) -> None:
     problem = make_problem(tmp_path, cluster=cluster_data([5, 5]))
     shape = Shape(tp=2, dp=4, ep=8)
     for even in (True, False):
-        gpus = ranks.start(problem, seats_for(shape), everything(problem), [0], even=even)
+        gpus = ranks.start(problem, seats_for(shape), everything(problem), [0], Way(even=even))
         assert gpus is not None
         assert split_groups(problem, gpus[0], 2) == 0
         counts = np.bincount(problem.cluster.levels[0].domain_of[gpus[0]])
@@ -104,7 +101,7 @@ def test_even_and_full_domains(tmp_path: Path) -> None:
     problem = make_problem(tmp_path, cluster=cluster_data([6, 6]))
     found = []
     for even in (True, False):
-        gpus = ranks.start(problem, seats_for(Shape(dp=8, ep=8)), everything(problem), [0], even=even)
+        gpus = ranks.start(problem, seats_for(Shape(dp=8, ep=8)), everything(problem), [0], Way(even=even))
         assert gpus is not None
         found.append(np.bincount(problem.cluster.levels[0].domain_of[gpus[0]]).tolist())
     assert found == [[4, 4], [6, 2]]
@@ -114,9 +111,24 @@ def test_the_tightest_domain_is_taken_and_the_emptiest_when_asked(tmp_path: Path
     """Two ranks go onto the host of 2, or onto the host of 6 with `roomy`."""
     problem = make_problem(tmp_path, cluster=cluster_data([6, 2, 4]))
     for roomy, host in ((False, 1), (True, 0)):
-        gpus = ranks.start(problem, seats_for(Shape(dp=2)), everything(problem), [0], roomy=roomy)
+        gpus = ranks.start(problem, seats_for(Shape(dp=2)), everything(problem), [0], Way(roomy=roomy))
         assert gpus is not None
         assert set(problem.cluster.levels[0].domain_of[gpus[0]].tolist()) == {host}
+
+
+def test_striped_blocks_have_the_same_mix_of_types(tmp_path: Path) -> None:
+    """Two EP groups of four over four quick and four slow GPUs: two and two each, or no seats where types do not mix."""
+    problem = make_problem(tmp_path, cluster=cluster_data([2, 2, 4], ["h200-141g", "h200-141g", "a100-80g"]))
+    seats = seats_for(Shape(dp=8, ep=4))
+    for even in (True, False):
+        gpus = ranks.start(problem, seats, everything(problem), [0], Way(even=even, striped=True))
+        assert gpus is not None
+        check_seats(problem, seats, gpus)
+        types = problem.cluster.type_of[gpus[0]].reshape(2, 4)
+        assert (types[0] == types[1]).all()
+        assert (np.bincount(types[0]) == 2).sum() == 2
+    alike = make_problem(tmp_path, cluster=cluster_data([4, 4]))
+    assert ranks.start(alike, seats, everything(alike), [0], Way(striped=True)) is None
 
 
 def test_the_mask_and_the_order_are_kept(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from placer.solver.clock import Clock
 from placer.solver.ranks_model import solve_counts
 from placer.solver.search import Candidate, Search
 from placer.solver.seating import Seater
+from placer.strategy import enumerate_strategies
 from tests.solver.building import cluster_data, every_seating, make_problem
 from tests.solver.random_problems import random_problem
 
@@ -86,6 +87,25 @@ def test_the_bound_is_not_above_any_seating_of_these(
 ) -> None:
     """Whole hosts, broken hosts and mixed types, with EP groups that fit a host, span two or share one."""
     assert check_against_every_seating(make_problem(tmp_path, cluster=cluster, strategy=strategy)) >= 1
+
+
+@pytest.mark.parametrize("requirement", ["tp_within", "ep_within"])
+@pytest.mark.parametrize("hosts", [[2, 2, 1], [3, 2], [1, 1, 2]])
+def test_strategies_without_room_for_their_groups_have_no_seating(
+    requirement: str, hosts: list[int], tmp_path: Path
+) -> None:
+    """What counting refuses under `tp_within` or `ep_within` no permutation of GPUs can seat, and the other way round."""
+    problem = make_problem(tmp_path, cluster=cluster_data(hosts), requirements={requirement: "nvlink"})
+    search = Search(problem, Clock(60), workers=1)
+    seen = {True: 0, False: 0}
+    for strategy in enumerate_strategies(problem.model, problem.request, problem.gpu_budget, problem.slots):
+        if len(strategy.stages) > 1:
+            continue
+        seater = Seater(problem, search.cost, strategy.stages, [problem.model.layer_count])
+        seated = any(seater.allowed([gpus]) for gpus in every_seating(problem, strategy.ranks))
+        assert (search._candidate(strategy) is not None) == seated, strategy.name()
+        seen[seated] += 1
+    assert min(seen.values()) > 0
 
 
 @pytest.mark.parametrize("domain", ["10 GB/s", "450 GB/s"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +251,7 @@ def test_more_memory_never_hurts(tmp_path: Path) -> None:
     for taken in ("79.2 GB", "75 GB", "1 GB"):
         cluster = cluster_data([2, 2], memory_taken={"0": taken, "1": taken})
         results.append(solved(make_problem(tmp_path, cluster=cluster, requirements={"memory_reserve": 0}))[0])
-    for before, after in zip(results, results[1:], strict=False):
+    for before, after in pairwise(results):
         helps(before, after)
 
 

@@ -10,6 +10,7 @@ import pytest
 from placer.cost.latency import CostModel
 from placer.placement import Plan, StagePlan
 from placer.problem import Problem
+from placer.solver.bound import ideal_for
 from placer.solver.clock import Clock
 from placer.solver.search import Candidate, Search
 from placer.solver.seating import Seater, expert_task
@@ -97,10 +98,11 @@ def test_a_requirement_that_cannot_be_kept_gives_no_seats(tmp_path: Path) -> Non
         problem = make_problem(
             tmp_path, strategy="TP4_DP1_PP1", cluster=cluster_data([3, 3]), requirements=requirements
         )
-        search, candidate = fixed(problem)
-        seater = seater_of(search, candidate)
-        costs = search.bounds.costs(candidate.strategy.stages, candidate.ideals)
-        assert (seater.best(costs, [0, 4]) is not None) == there
+        search = Search(problem, Clock(60), workers=1)
+        shapes = (Shape(tp=4),)
+        costs = search.bounds.costs(shapes, [ideal_for(problem, 0)])
+        assert (Seater(problem, search.cost, shapes, [4]).best(costs, [0, 4]) is not None) == there
+        assert (search.run().plan is not None) == there
 
 
 @pytest.mark.parametrize("seed", range(0, 60, 2))

@@ -186,7 +186,6 @@ def test_memory_limits_are_those_of_the_roomiest_gpus(tmp_path: Path) -> None:
     assert stages.memory_limits(problem, (Shape(dp=6),)) == [-1]
     shared = list(stages.shared_limits(problem, shapes))
     assert sorted(shared) == [[small, small], [large, small]]
-    assert list(stages.shared_limits(problem, (Shape(dp=5), Shape())))[0] != [0, -1]
     assert all(min(limits) == -1 for limits in stages.shared_limits(problem, (Shape(dp=5), Shape())))
 
 
