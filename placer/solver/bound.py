@@ -196,15 +196,9 @@ class StrategyBound:
         rows = tokens.block * moe.top_k
         types = [number for number, count in enumerate(ideal.gpus_by_type) if count]
         times = {number: self.cost.expert_times(group, shape, number) for number in types}
-        width = shape.etp * shape.edp
-        # GPU speeds, quickest first; an EP rank is as quick as the slowest GPU of its copies.
-        speeds = sorted(
-            value
-            for number, time in times.items()
-            for value in [rows * (time.activation + time.per_row)]
-            * min(ideal.gpus_by_type[number], shape.ranks)
+        by_row = self._by_rank(
+            {n: rows * (time.activation + time.per_row) for n, time in times.items()}, shape, ideal
         )
-        by_row = np.array([speeds[min((e + 1) * width, len(speeds)) - 1] for e in range(shape.ep)])
         floors, starts = {}, {}
         for kind in ("dispatch", "combine"):
             starts[kind], floors[kind] = (
@@ -219,7 +213,7 @@ class StrategyBound:
             start=flat * min(time.start for time in times.values()),
             by_row=by_row,
             activation=flat * min(rows * time.activation for time in times.values()),
-            by_expert=flat * min(time.per_expert for time in times.values()),
+            by_expert=self._by_rank({n: time.per_expert for n, time in times.items()}, shape, ideal),
             dispatch_start=starts["dispatch"],
             dispatch_floor=flat * tokens.rank * floors["dispatch"][0],
             dispatch_rate=flat * received * floors["dispatch"][1],
@@ -229,6 +223,19 @@ class StrategyBound:
             etp_start=etp_start,
             etp_rate=etp_rate,
         )
+
+    def _by_rank(self, by_type: dict[int, float], shape: Shape, ideal: Ideal) -> Floats:
+        """Return (ep,) the best rates EP ranks could have: the quickest GPUs, each rank's copies on like ones.
+
+        An EP rank is as quick as the slowest GPU of its EDP and ETP copies.
+        """
+        width = shape.etp * shape.edp
+        rates = sorted(
+            rate
+            for number, rate in by_type.items()
+            for _ in range(min(ideal.gpus_by_type[number], shape.ranks))
+        )
+        return np.array([rates[min((e + 1) * width, len(rates)) - 1] for e in range(shape.ep)])
 
     def _exchange(
         self, kind: str, scenario: int, group: int, shape: Shape, ideal: Ideal, types: list[int], whole: bool

@@ -382,7 +382,8 @@ def layer_bounds(task: ExpertTask) -> Floats:
 
     Each term of each scenario is bounded by itself: loads that sum to 1 cannot all be below the speed-weighted mean;
     the rank of the hottest copy carries at least that copy (and, without redundancy, the lightest experts beside it);
-    active slots are fewest as `fewest_active` has it, and some rank reads at least the mean.
+    active slots are fewest as `fewest_active` has it, and some rank reads at least the mean; where ranks differ in
+    speed, what the quick ones cannot hold falls to the slow ones (`_left_to_slow`).
     """
     total = np.zeros(task.layers)
     for number, form in enumerate(task.forms):
@@ -392,7 +393,12 @@ def layer_bounds(task: ExpertTask) -> Floats:
             hot = hot + np.sort(loads, axis=1)[:, : task.slots_per_rank - 1].sum(axis=1)
         active = fewest_active(task, number)
         by_row = np.maximum(_mean_bound(form.by_row), form.by_row.min() * hot)
+        by_row = np.maximum(
+            by_row, _left_to_slow(form.by_row, np.ones(task.layers), loads, task.slots_per_rank)
+        )
         by_bytes = (form.activation.min() + form.by_expert.min() * active) / task.ep
+        single = active_probability(loads, task.tokens[number], task.top_k)
+        by_bytes = np.maximum(by_bytes, _left_to_slow(form.by_expert, active, single, task.slots_per_rank))
         bound = form.start.min() + np.maximum(by_row, by_bytes)
         for start_up, floor, rate in (
             (form.dispatch_start, form.dispatch_floor, form.dispatch_rate),
@@ -426,6 +432,27 @@ def fewest_active(task: ExpertTask, scenario: int) -> Floats:
         ]
     )
     return np.asarray(single.sum(axis=1) + redundant * slope.min(axis=1))
+
+
+def _left_to_slow(rates: Floats, total: Floats, each: Floats, slots_per_rank: int) -> Floats:
+    """Return (layers,) the least possible max(rate * held) when ranks can hold no more than their slots.
+
+    `total` (layers,) is what all ranks hold together, `each` (layers, experts) the most one slot of an expert can hold.
+    The j quickest ranks hold at most what the j * slots_per_rank largest slots do; the rest falls to the others, the
+    quickest of which still has the rate of rank j.
+    """
+    bound = np.zeros(len(total))
+    if (rates == rates[0]).all():
+        return bound
+    ordered = np.sort(rates)
+    largest = -np.sort(-each, axis=1)
+    held = np.concatenate([np.zeros((len(total), 1)), largest.cumsum(axis=1)], axis=1)
+    for quick in np.flatnonzero(np.diff(ordered)) + 1:
+        slots = int(quick) * slots_per_rank
+        most = held[:, min(slots, each.shape[1])] + max(0, slots - each.shape[1]) * largest[:, 0]
+        left = np.maximum(0.0, total - most)
+        bound = np.maximum(bound, ordered[quick] * left / (len(ordered) - quick))
+    return bound
 
 
 def _mean_bound(rates: Floats) -> float:

@@ -79,7 +79,7 @@ def solve_counts(
         prices.append(stage_price)
     _every_gpu_once(model, problem, seats, counts, spread, inner.domain_of)
     model.minimize(sum(prices))
-    answer = cpsat.solve(model, clock, seconds=6.0, work=3.0, workers=workers, seed=seed)
+    answer = cpsat.solve(model, clock, seconds=20.0, work=2.0, workers=workers, seed=seed)
     if not answer.found:
         return CountAnswer(None, max(0.0, answer.bound) / cpsat.NANOSECONDS, answer.infeasible)
     found = [

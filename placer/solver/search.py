@@ -34,7 +34,8 @@ from placer.strategy import Strategy, enumerate_strategies
 Ints = NDArray[np.int64]
 
 MAX_CANDIDATES = 10_000
-SCOUTS = 40
+#: Candidates that get a whole plan, and that are tried for one, while scouting.
+SCOUTS, ATTEMPTS = 40, 150
 REFINED = 6
 OPTIMAL_GAP = 1e-6
 #: Times go into CP-SAT as whole nanoseconds, rounded down; what is left of that in a bound.
@@ -259,11 +260,11 @@ class Search:
     # 2. scout
 
     def _scout(self, candidates: list[Candidate]) -> None:
-        built = 0
+        built = tried = 0
         for candidate in candidates:
             if candidate.refined or candidate.bound >= self._best_value():
                 continue
-            if built >= SCOUTS and self.best is not None:
+            if self.best is not None and (built >= SCOUTS or tried >= ATTEMPTS):
                 break
             # Something must come out before anything is given up for time.
             if self.best is not None and self.clock.over(keep=0.45 * self.clock.limit):
@@ -271,7 +272,8 @@ class Search:
             if self.clock.interrupted:
                 break
             self._build(candidate)
-            built += 1
+            built += candidate.plan is not None
+            tried += 1
             self._tell(candidates, f"scouting {candidate.strategy.name()}")
 
     def _build(self, candidate: Candidate) -> None:
@@ -412,8 +414,7 @@ class Search:
         for candidate in built[:REFINED]:
             if self.clock.over(keep=0.1 * self.clock.limit):
                 break
-            # Experts at their bounds on its seats would not beat the best either.
-            if candidate is not self.best and candidate.seat_value >= self._best_value() * (1 - OPTIMAL_GAP):
+            if candidate is not self.best and candidate.bound >= self._best_value() * (1 - OPTIMAL_GAP):
                 continue
             self._refine_one(candidate)
             self._tell(candidates, f"refining {candidate.strategy.name()}")
@@ -430,6 +431,10 @@ class Search:
             better = self._rank_model(candidate, seater, seating)
             if better is not None:
                 seating, placed = better, self._experts(candidate, better, rounds=30, keep=keep)
+                candidate.seat_value = better.value
+        if candidate is not self.best and candidate.seat_value >= self._best_value() * (1 - OPTIMAL_GAP):
+            # Experts at their bounds on these seats would not beat the best either.
+            return
         if placed:
             placed = self._experts(candidate, seating, rounds=600, keep=keep, polish_rounds=2, before=placed)
         self._offer(candidate, seating, placed)

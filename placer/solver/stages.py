@@ -170,7 +170,7 @@ def improve(
     if len(shapes) == 1 or (len(set(shapes)) == 1 and not fill.any()) or None not in counts:
         return edges, split_cost(problem, costs, edges)
     model, bounds = split_model(problem, shapes, costs, counts, memory, limits, edges)
-    answer = cpsat.solve(model, clock, seconds=5.0, work=2.0, seed=seed)
+    answer = cpsat.solve(model, clock, seconds=15.0, work=2.0, seed=seed)
     lower = max(0.0, answer.bound) / cpsat.NANOSECONDS
     if answer.found:
         found = [int(answer.solver.value(bound)) for bound in bounds]
