@@ -53,5 +53,6 @@ class SolverError(PlacerError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `, did you mean `x`?` for the known name closest to `name`, or an empty string."""
-    matches = difflib.get_close_matches(name, sorted(set(known)), n=1, cutoff=0.6)
-    return f", did you mean `{matches[0]}`?" if matches else ""
+    by_lower = {item.lower(): item for item in sorted(set(known), reverse=True)}
+    matches = difflib.get_close_matches(name.lower(), sorted(by_lower), n=1, cutoff=0.6)
+    return f", did you mean `{by_lower[matches[0]]}`?" if matches else ""

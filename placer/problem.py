@@ -100,6 +100,7 @@ def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
     model = _model(spec, document, digests)
     _check_references(spec, document, cluster)
     loads, generated = _loads(spec, document, model, digests)
+    _check_copies(spec, document, model, cluster)
     request = _request(spec.strategy if strategy is None else strategy, document, strategy is not None)
     problem = Problem(
         name=spec.name or _name_of(path),
@@ -152,6 +153,8 @@ def _beside(document: Document, name: str, at: tuple[str, ...]) -> Path:
         raise document.error(at, f"names `{name[:60]}`, which cannot be read: {error.strerror}") from None
     if not exists:
         raise document.error(at, f"names `{name}`, but there is no file `{path}`")
+    if not path.is_file():
+        raise document.error(at, f"names `{name}`, but `{path}` is not a file")
     return path
 
 
@@ -183,6 +186,18 @@ def _check_references(spec: ProblemFile, document: Document, cluster: Cluster) -
                 ("requirements", "max_step", name),
                 f"names the scenario `{name}`, which the workload has not{nearest(name, scenarios)}",
             )
+
+
+def _check_copies(spec: ProblemFile, document: Document, model: ModelCard, cluster: Cluster) -> None:
+    """Refuse more copies than there can be: one of each expert on every GPU."""
+    asked, experts = spec.requirements.redundant_experts, model.moe.experts if model.moe else 0
+    most = experts * (cluster.gpus - 1)
+    if asked > most and model.moe:
+        raise document.error(
+            ("requirements", "redundant_experts"),
+            f"asks for {asked} copies beyond one of each, but {cluster.gpus} GPUs hold at most {most} "
+            f"more of {experts} experts without two copies of one on a GPU",
+        )
 
 
 def _loads(

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from placer.errors import nearest
 from placer.spec.base import Stated
 from placer.spec.model import ModelCard
+from placer.spec.units import Whole
 
 DEGREES = ("EP", "ETP", "EDP", "TP", "DP", "PP")
 
@@ -120,11 +121,13 @@ class Strategy:
 class StageRequest(Stated):
     """One stage as a user fixes it; what is left out is for the solver, but degrees default to 1 here."""
 
-    layers: int | None = Field(None, ge=0, description="how many layers; left out: for the solver to choose")
-    tp: int = Field(1, ge=1, le=4096)
-    dp: int = Field(1, ge=1, le=100_000)
-    ep: int = Field(1, ge=1, le=100_000)
-    etp: int = Field(1, ge=1, le=4096)
+    layers: Whole | None = Field(
+        None, ge=0, description="how many layers; left out: for the solver to choose"
+    )
+    tp: Whole = Field(1, ge=1, le=4096)
+    dp: Whole = Field(1, ge=1, le=100_000)
+    ep: Whole = Field(1, ge=1, le=100_000)
+    etp: Whole = Field(1, ge=1, le=4096)
 
     @model_validator(mode="after")
     def _degrees_agree(self) -> StageRequest:
@@ -139,12 +142,12 @@ class StageRequest(Stated):
 class StrategyRequest(Stated):
     """What the user says of the strategy: degrees that are fixed, or every stage, or nothing (`auto`)."""
 
-    pp: int | None = Field(None, ge=1, le=4096)
-    tp: int | None = Field(None, ge=1, le=4096)
-    dp: int | None = Field(None, ge=1, le=100_000)
-    ep: int | None = Field(None, ge=1, le=100_000)
-    etp: int | None = Field(None, ge=1, le=4096)
-    edp: int | None = Field(None, ge=1, le=100_000)
+    pp: Whole | None = Field(None, ge=1, le=4096)
+    tp: Whole | None = Field(None, ge=1, le=4096)
+    dp: Whole | None = Field(None, ge=1, le=100_000)
+    ep: Whole | None = Field(None, ge=1, le=100_000)
+    etp: Whole | None = Field(None, ge=1, le=4096)
+    edp: Whole | None = Field(None, ge=1, le=100_000)
     stages: list[StageRequest] | None = Field(None, min_length=1, max_length=4096)
 
     @model_validator(mode="before")

@@ -149,7 +149,8 @@ def test_no_placement_exists(placer: Any, place: Path) -> None:
     assert answer["bound_s"] is None
 
 
-def test_out_of_time(placer: Any, place: Path) -> None:
+def test_out_of_time(placer: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("placer.solver.search.GRACE", 0)
     problem = write_problem(place / "p.yaml", strategy="auto")
     done = placer("solve", problem, "--time-limit", "0.000001")
     assert done.code == 3

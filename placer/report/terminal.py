@@ -249,12 +249,17 @@ def certificate_report(certificate: Certificate, scenarios: int, cut_by: str) ->
     of_what = "one step" if scenarios == 1 else "weighted mean of the scenarios"
     result = table("", "", "", header=False)
     add_row(result, ["objective", format_time(certificate.objective_s), f"modelled, {of_what}"], "bold")
-    add_row(result, ["bound", format_time(certificate.bound_s), f"proven over {over}, as modelled"])
-    add_row(result, ["gap", percent(certificate.gap), f"gap over {over}"])
+    if certificate.bound_s > 0:
+        add_row(result, ["bound", format_time(certificate.bound_s), f"proven over {over}, as modelled"])
+        add_row(result, ["gap", percent(certificate.gap), f"gap over {over}"])
+    else:
+        looked = f"the search ended before every strategy had a bound; {number:,} were looked at"
+        add_row(result, ["bound", "none", looked])
     meaning = (
         "the bound is met: no placement under those strategies is faster, as modelled"
         if certificate.status == "optimal"
-        else "holds every requirement; a better one may exist, by at most the gap"
+        else "holds every requirement; a better one may exist"
+        + (", by at most the gap" if certificate.bound_s > 0 else "")
     )
     add_row(result, ["status", certificate.status, meaning])
     if certificate.cut_short:

@@ -38,6 +38,8 @@ MAX_CANDIDATES = 10_000
 SCOUTS, ATTEMPTS = 40, 150
 REFINED = 6
 OPTIMAL_GAP = 1e-6
+#: Times that 16 more strategies are bounded after time is up, while none has been found that fits.
+GRACE = 20
 #: Times go into CP-SAT as whole nanoseconds, rounded down; what is left of that in a bound.
 BOUND_ROUNDING = 1e-8
 
@@ -153,6 +155,7 @@ class Search:
     def _candidates(self) -> list[Candidate]:
         problem = self.problem
         found: list[Candidate] = []
+        grace = 0
         strategies = enumerate_strategies(problem.model, problem.request, problem.gpu_budget, problem.slots)
         for number, strategy in enumerate(strategies):
             if number >= MAX_CANDIDATES:
@@ -166,7 +169,9 @@ class Search:
                 found.append(candidate)
             if number % 16 == 0:
                 self._tell(found, f"bounding strategy {number + 1}")
-                if self.clock.over(keep=0.5 * self.clock.limit):
+                grace += self.clock.over(keep=0.5 * self.clock.limit)
+                # With nothing to show yet a few more are looked at, within the second that a limit may be overrun.
+                if grace and (found or grace > GRACE):
                     # What was not bounded could be better than anything: the bound over all candidates is gone.
                     found.append(
                         Candidate(
@@ -269,7 +274,8 @@ class Search:
             # Something must come out before anything is given up for time.
             if self.best is not None and self.clock.over(keep=0.45 * self.clock.limit):
                 break
-            if self.clock.interrupted:
+            # After Ctrl-C one plan is still built, by the quickest ways, so that there is something to show.
+            if self.clock.interrupted and self.best is not None:
                 break
             self._build(candidate)
             built += candidate.plan is not None

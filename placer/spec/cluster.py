@@ -83,6 +83,14 @@ class HostSpec(Stated):
         for item in value or []:
             if item and (len(item) > 200 or set(item) - set("0123456789,-")):
                 raise ValueError(f"found {item[:60]!r}, expected a CPU list such as `0-47,96-143`")
+            for part in item.split(",") if item else []:
+                first, dash, last = part.partition("-")
+                if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+                    raise ValueError(
+                        f"found {part[:60]!r} in a CPU list, expected a number or a range such as `0-47`"
+                    )
+                if int(last or first) > 65_535:
+                    raise ValueError(f"found CPU {(last or first)[:20]}, expected at most 65535")
         return value
 
     @property
@@ -442,7 +450,10 @@ class _Builder:
     ) -> tuple[list[str], NDArray[np.int64], NDArray[np.float64]]:
         default_uplink = stated.uplink if stated.uplink is not None else np.inf
         if stated.domains is not None:
-            return self._named_domains(number, stated, default_uplink, hosts, host_of, index, inner)
+            named = self._named_domains(number, stated, default_uplink, hosts, host_of, index, inner)
+            if last:
+                self._check_joined(number, len(np.unique(named[1])))
+            return named
         if stated.gpus is not None:
             position = np.concatenate([np.arange(count) for count in np.bincount(host_of)])
             raw = host_of * MAX_GPUS_PER_HOST + position // stated.gpus
@@ -463,12 +474,16 @@ class _Builder:
                 stated.name if last and len(values) == 1 else f"{stated.name}{value}"
                 for value in range(len(values))
             ]
-        if last and len(values) > 1:
+        if last:
+            self._check_joined(number, len(values))
+        return names, domain_of.astype(np.int64), np.full(len(values), default_uplink)
+
+    def _check_joined(self, number: int, domains: int) -> None:
+        if domains > 1:
             raise self._error(
                 ("levels", number),
-                f"the last level leaves {len(values)} domains with no link between them; add a level that joins them",
+                f"the last level leaves {domains} domains with no link between them; add a level that joins them",
             )
-        return names, domain_of.astype(np.int64), np.full(len(values), default_uplink)
 
     def _named_domains(
         self,

@@ -107,9 +107,11 @@ def parse_fraction(value: object) -> float:
 
 
 def parse_whole(value: object) -> object:
-    """Return `value` for pydantic to read as an integer; `true` and `false` are refused, which it would take."""
+    """Return `value` for pydantic to read as an integer; `true` and text are refused, which it would take."""
     if isinstance(value, bool):
         raise ValueError(f"found {str(value).lower()}, expected a whole number")
+    if isinstance(value, str):
+        raise ValueError(f"found {value[:40]!r}, expected a whole number")
     return value
 
 

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from placer.spec.base import Stated
 from placer.spec.names import Name
+from placer.spec.units import Whole
 
 
 class LoadGenerator(Stated):
@@ -17,7 +18,7 @@ class LoadGenerator(Stated):
 
     generator: Literal["zipf"]
     skew: float = Field(ge=0, le=4, description="popularity of the r-th expert is r ** -skew")
-    seed: int = Field(0, ge=0)
+    seed: Whole = Field(0, ge=0)
 
 
 class LoadFile(Stated):
@@ -43,14 +44,16 @@ class Scenario(Stated):
 
     name: Name
     phase: Literal["prefill", "decode"]
-    batch: int = Field(ge=1, le=10**9, description="sequences in flight over the whole placement")
-    length: int = Field(
+    batch: Whole = Field(ge=1, le=10**9, description="sequences in flight over the whole placement")
+    length: Whole = Field(
         ge=1,
         le=10**9,
         description="prefill: prompt tokens per sequence; decode: tokens already in the context",
     )
     weight: float = Field(1.0, gt=0, le=1e9, description="share of this scenario in the objective")
-    micro_batches: int = Field(1, ge=1, le=4096, description="parts the batch passes through the pipeline in")
+    micro_batches: Whole = Field(
+        1, ge=1, le=4096, description="parts the batch passes through the pipeline in"
+    )
     expert_loads: ExpertLoads | None = Field(None, description="left out: every expert alike")
 
     @property
