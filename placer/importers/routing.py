@@ -62,8 +62,10 @@ def read_expert_loads(
     if loads.ndim == 3:
         with np.errstate(over="ignore"):
             loads = loads.sum(axis=0)
-    if not np.isfinite(loads).all():
-        raise InputError("the sum over the steps is too large", file=str(path), key=place or None)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(loads.sum())
+    if not finite:
+        raise InputError("the sum of all counts is too large", file=str(path), key=place or None)
     for what, found, wanted in (("layers", loads.shape[0], layers), ("experts", loads.shape[1], experts)):
         if wanted is not None and found != wanted:
             raise InputError(
