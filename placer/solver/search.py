@@ -40,6 +40,8 @@ REFINED = 6
 OPTIMAL_GAP = 1e-6
 #: Times that 16 more strategies are bounded after time is up, while none has been found that fits.
 GRACE = 20
+#: Candidates that are tried for a plan whatever the clock says, until there is one.
+LAST_TRIES = 3
 #: Times go into CP-SAT as whole nanoseconds, rounded down; what is left of that in a bound.
 BOUND_ROUNDING = 1e-8
 
@@ -271,11 +273,10 @@ class Search:
                 continue
             if self.best is not None and (built >= SCOUTS or tried >= ATTEMPTS):
                 break
-            # Something must come out before anything is given up for time.
             if self.best is not None and self.clock.over(keep=0.45 * self.clock.limit):
                 break
-            # After Ctrl-C one plan is still built, by the quickest ways, so that there is something to show.
-            if self.clock.interrupted and self.best is not None:
+            # With nothing to show a few more are tried after the end, by the quickest ways, and no more than a few.
+            if tried >= LAST_TRIES and self.clock.over():
                 break
             self._build(candidate)
             built += candidate.plan is not None
