@@ -13,7 +13,7 @@ from typing import Literal
 from xml.sax.saxutils import escape
 
 from placer.placement import Placement, RankRecord
-from placer.report.tables import chunks, count, percent, plain
+from placer.report.tables import chunks, count, percent, plain, shown_coordinates
 from placer.spec.cluster import Cluster
 from placer.spec.units import format_time
 
@@ -57,7 +57,7 @@ def placement_svg(placement: Placement, cluster: Cluster | None = None) -> str:
     """Return a drawing of a placement; with its cluster, the GPUs and hosts that no rank uses are drawn as well."""
     hosts = _cells_by_host(placement, cluster)
     shown = dict(list(hosts.items())[:MAX_HOSTS])
-    lines = chunks(_coordinates(placement), 2)
+    lines = chunks(shown_coordinates(placement), 2)
     by = _coloured_by(placement)
     values = sorted({getattr(record, by) for record in placement.ranks})
     colours = dict(zip(values, _colours(len(values)), strict=True))
@@ -124,16 +124,6 @@ def _cells_by_host(placement: Placement, cluster: Cluster | None) -> dict[str, l
     for cells in hosts.values():
         cells.sort(key=lambda cell: (cell.gpu, cell.rank.rank if cell.rank else 0))
     return hosts
-
-
-def _coordinates(placement: Placement) -> list[str]:
-    """Return the coordinates to write into a cell: dp and tp, and whatever differs between ranks."""
-    names = ("stage", "dp", "tp", *(("ep", "etp", "edp") if placement.experts else ()))
-    return [
-        name
-        for name in names
-        if name in ("dp", "tp") or any(getattr(record, name) for record in placement.ranks)
-    ]
 
 
 def _coloured_by(placement: Placement) -> str:

@@ -13,6 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from placer.placement import Placement
 from placer.spec.model import fold_layer_numbers
 
 T = TypeVar("T")
@@ -105,3 +106,13 @@ def billions(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number / size:,.0f} {unit}"
     return str(number)
+
+
+def shown_coordinates(placement: Placement) -> list[str]:
+    """Return the coordinates worth showing: dp and tp, and whatever is not 0 everywhere; experts' only with experts."""
+    names = ("stage", "dp", "tp", *(("ep", "etp", "edp") if placement.experts else ()))
+    return [
+        name
+        for name in names
+        if name in ("dp", "tp") or any(getattr(record, name) for record in placement.ranks)
+    ]

@@ -21,6 +21,7 @@ from placer.report.tables import (
     fold_numbers,
     line,
     percent,
+    shown_coordinates,
     table,
     titled,
 )
@@ -102,18 +103,8 @@ def _degrees(tp: int, dp: int, ep: int, etp: int) -> str:
         return f"TP{tp} DP{dp} EP{ep} ETP{etp}"
 
 
-def _coordinates(placement: Placement) -> list[str]:
-    """Return the coordinates worth a column: dp and tp, and whatever is not 0 everywhere; experts' only with experts."""
-    names = ("stage", "dp", "tp", *(("ep", "etp", "edp") if placement.experts else ()))
-    return [
-        name
-        for name in names
-        if name in ("dp", "tp") or any(getattr(record, name) for record in placement.ranks)
-    ]
-
-
 def _ranks(placement: Placement) -> RenderableType:
-    names = _coordinates(placement)
+    names = shown_coordinates(placement)
     result = table(
         ("rank", "right"),
         "host",
@@ -126,7 +117,7 @@ def _ranks(placement: Placement) -> RenderableType:
 
 
 def _hosts(placement: Placement) -> RenderableType:
-    names = _coordinates(placement)
+    names = shown_coordinates(placement)
     result = table("host", "GPUs", "ranks", *names)
     hosts: dict[str, list[RankRecord]] = {}
     for record in _in_order(placement):

@@ -81,7 +81,9 @@ def solve_counts(
     model.minimize(sum(prices))
     answer = cpsat.solve(model, clock, seconds=20.0, work=2.0, workers=workers, seed=seed)
     if not answer.found:
-        return CountAnswer(None, max(0.0, answer.bound) / cpsat.NANOSECONDS, answer.infeasible)
+        # Where there are no counts there is nothing to bound.
+        lower = 0.0 if answer.infeasible else max(0.0, answer.bound) / cpsat.NANOSECONDS
+        return CountAnswer(None, lower, answer.infeasible)
     found = [
         [np.array([answer.solver.value(variable) for variable in block], dtype=np.int64) for block in stage]
         for stage in counts

@@ -164,14 +164,17 @@ def improve(
 ) -> tuple[list[int], float]:
     """Return the best split that CP-SAT finds from `edges`, and a lower bound on the cost of any split, in seconds.
 
-    Where every stage has the same shape and nothing is pipelined, no split changes the sum and `edges` is optimal.
+    Where a layer costs the same on every stage and nothing is pipelined, no split changes the sum and `edges` is
+    optimal. Stages of one shape may cost differently still: what memory they need decides which GPUs they can have.
     """
     fill = np.array([scenario.micro_batches - 1 for scenario in problem.scenarios])
-    if len(shapes) == 1 or (len(set(shapes)) == 1 and not fill.any()) or None not in counts:
+    alike = bool((costs.layer == costs.layer[:, :1]).all())
+    if len(shapes) == 1 or (alike and not fill.any()) or None not in counts:
         return edges, split_cost(problem, costs, edges)
     model, bounds = split_model(problem, shapes, costs, counts, memory, limits, edges)
     answer = cpsat.solve(model, clock, seconds=15.0, work=2.0, seed=seed)
-    lower = max(0.0, answer.bound) / cpsat.NANOSECONDS
+    # `edges` is a split, so an answer that there is none is false, and proves nothing.
+    lower = 0.0 if answer.infeasible else max(0.0, answer.bound) / cpsat.NANOSECONDS
     if answer.found:
         found = [int(answer.solver.value(bound)) for bound in bounds]
         if split_cost(problem, costs, found) < split_cost(problem, costs, edges):

@@ -132,6 +132,23 @@ def test_like_stages_without_pipelining_need_no_model(tmp_path: Path) -> None:
         assert stages.split_cost(problem, costs, other) == pytest.approx(bound, rel=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_like_stages_that_cost_differently_have_no_free_bound(seed: int, tmp_path: Path) -> None:
+    """Memory may give stages of one shape different GPUs: then one split's cost is no bound on the others."""
+    problem = pipeline_problem(tmp_path, seed=0)
+    assert all(s.micro_batches == 1 for s in problem.scenarios)
+    shapes = (Shape(),) * 2
+    costs, memory = random_costs(seed, 2, 7), StageMemory(problem, shapes)
+    limits = stages.memory_limits(problem, shapes)
+    values = {cut: stages.split_cost(problem, costs, [0, cut, 7]) for cut in range(1, 7)}
+    dearest = [0, max(values, key=lambda cut: values[cut]), 7]
+    found, bound = stages.improve(
+        problem, shapes, costs, [None, None], memory, limits, dearest, Clock(60), seed=0
+    )
+    assert bound <= min(values.values())
+    assert stages.split_cost(problem, costs, found) == pytest.approx(min(values.values()), abs=1e-7)
+
+
 def test_with_no_time_the_start_stays_and_the_bound_holds(tmp_path: Path) -> None:
     """The clock run out: a split that is allowed, and a bound that is at most the best split."""
     problem = pipeline_problem(tmp_path, seed=7)
