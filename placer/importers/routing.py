@@ -1,81 +1,312 @@
-"""Expert loads: how many tokens were routed to each expert of each layer, from files people already have."""
+"""Expert loads and routing samples: how many tokens went to each expert of each layer, from files people already have.
+
+Each file is found out by its ending and by what it holds, and read by the module for it: `load_tables` (JSON, CSV),
+`arrays` (numpy), `torch_file` and `sglang_dumps` (`.pt`), `tensorrt_llm` (a folder), `token_samples`.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import hashlib
 import math
-import zipfile
-import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from placer.errors import InputError
+from placer.importers.arrays import (
+    listed,
+    npz_names,
+    open_archive,
+    parse_npy,
+    read_bytes,
+    read_npz_array,
+)
+from placer.importers.load_tables import (
+    MAX_LOAD_BYTES,
+    check_loads,
+    loads_in_csv,
+    loads_in_json,
+    named_loads_in_json,
+    parse_json,
+)
+from placer.importers.sglang_dumps import Dump, find_dump
+from placer.importers.tensorrt_llm import META, NOTE, read_statistics
+from placer.importers.token_samples import (
+    Choices,
+    check_sample,
+    choices_in_npz,
+    looks_like_choices,
+)
+from placer.importers.torch_file import parse_torch
 from placer.spec.reading import read_text
-
-MAX_LOAD_BYTES = 64 * 2**20
-MAX_ARRAY_BYTES = 512 * 2**20
+from placer.spec.routing import RoutingSample
 
 #: Names of an array of loads in an `.npz` file, the likeliest first.
 ARRAY_NAMES = ("load", "logical_count", "counts")
+
+ENDINGS = (".json", ".csv", ".npy", ".npz", ".pt", ".pth")
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """One scenario: what a file, or one part of it, says about the routing.
+
+    `loads` is (layers, experts) tokens, dense layers all zero. `sample` is there where the file holds token-level
+    routing. `notes` are sentences about what was left out or taken for granted. `digest` is the SHA-256 of the file
+    (of a folder: of the names and digests of its files).
+    """
+
+    name: str
+    loads: NDArray[np.float64]
+    sample: RoutingSample | None
+    notes: tuple[str, ...]
+    digest: str
+    file: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a file holds, not yet checked. Either `loads` or `choices` is there."""
+
+    loads: NDArray[Any] | None
+    choices: Choices | None = None
+    key: str | None = None
+    name: str = ""
+    notes: tuple[str, ...] = ()
+    digest: str = ""
 
 
 def read_expert_loads(
     path: str | Path, *, layers: int | None = None, experts: int | None = None
 ) -> NDArray[np.float64]:
-    """Return the (layers, experts) token counts in `path`, as float64.
+    """Return the (layers, experts) token counts in `path`, as float64. Dense layers are rows of zeros.
 
     Reads SGLang's JSON (`{"logical_count": [layers][experts]}`, or `[steps][layers][experts]`, which is summed over
     the steps), a plain JSON list of lists, `.npy`, `.npz` (a single array, or one named `load`, `logical_count` or
-    `counts`) and `.csv` (a line per layer). JSON and CSV files may be 64 MiB.
+    `counts`), `.csv` (a line per layer), the `.pt` dumps of SGLang's recorder, a folder of TensorRT-LLM's statistics,
+    and the counts of a routing sample. JSON and CSV files may be 64 MiB, others 512 MiB.
 
     Raises InputError, with the file and the place in it, for anything that is not a number, for NaN, infinity and
     negative numbers, for rows of different lengths, for other shapes than `layers` and `experts` where these are given,
     and when no expert has any load.
     """
     path = Path(path)
-    readers = {".json": _read_json, ".npy": _read_npy, ".npz": _read_npz, ".csv": _read_csv}
-    if path.suffix.lower() not in readers:
-        raise InputError(
-            f"found the ending `{path.suffix}`, expected `.json`, `.npy`, `.npz` or `.csv`", file=str(path)
-        )
-    loads, place = readers[path.suffix.lower()](path)
-    if loads.ndim not in (2, 3) or 0 in loads.shape:
-        raise InputError(
-            f"found the shape {loads.shape}, expected (layers, experts) or (steps, layers, experts)",
-            file=str(path),
-            key=place or None,
-        )
-    bad = ~np.isfinite(loads) | (loads < 0)
-    if bad.any():
-        first = tuple(int(index) for index in np.argwhere(bad)[0])
-        raise InputError(
-            f"found {loads[first]}, expected a count of tokens, finite and not negative",
-            file=str(path),
-            key=place + "".join(f"[{index}]" for index in first),
-        )
-    if loads.ndim == 3:
-        with np.errstate(over="ignore"):
-            loads = loads.sum(axis=0)
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(loads.sum())
-    if not finite:
-        raise InputError("the sum of all counts is too large", file=str(path), key=place or None)
-    for what, found, wanted in (("layers", loads.shape[0], layers), ("experts", loads.shape[1], experts)):
+    routing = _routing(_only(_find(path, guess=False), path), path, experts)
+    for what, found, wanted in zip(
+        ("layers", "experts"), routing.loads.shape, (layers, experts), strict=True
+    ):
         if wanted is not None and found != wanted:
             raise InputError(
-                f"found {found} {what}, expected {wanted}: the loads are {loads.shape[0]} layers x {loads.shape[1]} experts",
+                f"found {found} {what}, expected {wanted}: the loads are {routing.loads.shape[0]} layers x "
+                f"{routing.loads.shape[1]} experts",
                 file=str(path),
-                key=place or None,
             )
-    if not loads.any():
-        raise InputError("every load is zero", file=str(path), key=place or None)
-    return loads
+    return routing.loads
+
+
+def read_routing_sample(
+    path: str | Path, *, experts: int | None = None, layers: Sequence[int] | None = None
+) -> RoutingSample:
+    """Return the token-level routing in `path`.
+
+    Reads `.npz` with `topk` (tokens, layers, top_k) and, if there, `prompt` or `request` (tokens,), `layers` (layers,)
+    and `experts`; a plain `.npy` of (tokens, layers, top_k); the `.pt` dump of SGLang's recorder in mode `per_token`,
+    without its token ids; and the raw files in a folder of TensorRT-LLM's statistics. `layers` numbers the layers of a
+    file that does not, and must be what a file says that does; so must `experts`. What is left out and what is taken
+    for granted, and which files are refused: `placer.importers.token_samples.check_sample`.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        found = [_Found(None, Choices(parse_npy(read_bytes(path), str(path))))]
+    else:
+        found = _find(path, guess=True)
+    choices = found[0].choices
+    if len(found) != 1 or choices is None:
+        raise InputError("holds counts alone, expected the experts that each token chose", file=str(path))
+    return check_sample(choices, str(path), experts=experts, layers=layers).sample
+
+
+def read_routing(path: str | Path, *, experts: int | None = None) -> Routing:
+    """Return the loads in `path`, and its routing sample where it has one.
+
+    Reads whatever `read_expert_loads` and `read_routing_sample` do. `experts` is how many a layer has: files that say
+    another number are refused, and samples that do not say take it. An `.npy` of three axes is (steps, layers, experts),
+    unless it is whole numbers of which no row repeats one: then it is a sample, and a note says so.
+    Raises InputError, also for a file that holds several scenarios.
+    """
+    path = Path(path)
+    return _routing(_only(_find(path, guess=True), path), path, experts)
+
+
+def read_routings(path: str | Path, *, experts: int | None = None) -> list[Routing]:
+    """Return every scenario in `path`: one, or one for each name under `counts` of a JSON file.
+
+    These are called `<file>:<name>`. Otherwise like `read_routing`.
+    """
+    path = Path(path)
+    return [_routing(found, path, experts) for found in _find(path, guess=True)]
+
+
+def as_scenarios(routings: Sequence[Routing]) -> NDArray[np.float64]:
+    """Return the loads of several files of one model as (scenarios, layers, experts).
+
+    Raises InputError, with both files, when their shapes differ or a layer is dense in one of them alone.
+    """
+    if not routings:
+        raise InputError("expected at least one file of loads")
+    first = routings[0]
+    for other in routings[1:]:
+        if other.loads.shape != first.loads.shape:
+            raise InputError(
+                f"holds {_shape(other)}, and {_called(first)} holds {_shape(first)}: expected loads of one model",
+                file=other.file,
+                key=other.name,
+            )
+        differ = other.loads.any(axis=1) != first.loads.any(axis=1)
+        if differ.any():
+            layer = int(differ.argmax())
+            here, there = ("is dense", "has loads") if first.loads[layer].any() else ("has loads", "is dense")
+            raise InputError(
+                f"layer {layer} {here}, and in {_called(first)} it {there}: expected loads of one model",
+                file=other.file,
+                key=other.name,
+            )
+    return np.stack([routing.loads for routing in routings])
+
+
+def _shape(routing: Routing) -> str:
+    return f"{routing.loads.shape[0]} layers x {routing.loads.shape[1]} experts"
+
+
+def _called(routing: Routing) -> str:
+    return f"`{routing.name}` ({routing.file})"
+
+
+def _routing(found: _Found, path: Path, experts: int | None) -> Routing:
+    """Return what was found, checked."""
+    file, notes = str(path), found.notes
+    read = None
+    loads = check_loads(found.loads, file, found.key) if found.loads is not None else None
+    if found.choices is not None:
+        stated = loads.shape[1] if loads is not None and found.choices.experts is None else experts
+        read = check_sample(found.choices, file, experts=stated)
+        notes += read.notes
+    if loads is None and read is not None:
+        loads = read.loads()
+        gaps = sorted(set(range(max(read.sample.layers))) - set(read.sample.layers))
+        if gaps:
+            shown = ", ".join(str(layer) for layer in gaps[:8]) + (", ..." if len(gaps) > 8 else "")
+            notes += (f"the file has no choices in layers {shown}: they count as dense",)
+    if loads is None:
+        raise InputError("holds no loads", file=file)
+    if experts is not None and loads.shape[1] != experts:
+        raise InputError(
+            f"found {loads.shape[1]} experts, expected {experts}: the loads are {loads.shape[0]} layers x "
+            f"{loads.shape[1]} experts",
+            file=file,
+            key=found.key,
+        )
+    return Routing(
+        name=path.stem + (f":{found.name}" if found.name else ""),
+        loads=loads,
+        sample=read.sample if read is not None else None,
+        notes=notes,
+        digest=found.digest,
+        file=file,
+    )
+
+
+def _only(found: list[_Found], path: Path) -> _Found:
+    if len(found) > 1:
+        names = listed(item.name for item in found)
+        raise InputError(
+            f"holds {len(found)} scenarios ({names}), expected one, such as `logical_count`", file=str(path)
+        )
+    return found[0]
+
+
+def _find(path: Path, *, guess: bool) -> list[_Found]:
+    """Return what `path` holds. With `guess`, an `.npy` array that looks like a sample is taken for one."""
+    try:
+        folder = path.is_dir()
+    except (OSError, ValueError):
+        folder = False
+    ending = path.suffix.lower()
+    if folder:
+        return [_find_folder(path)]
+    if ending not in ENDINGS:
+        expected = ", ".join(f"`{item}`" for item in ENDINGS)
+        raise InputError(
+            f"found the ending `{path.suffix}`, expected {expected} or a folder of TensorRT-LLM's statistics",
+            file=str(path),
+        )
+    if ending in (".json", ".csv"):
+        text = read_text(path, MAX_LOAD_BYTES)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        if ending == ".json":
+            return [replace(found, digest=digest) for found in _find_json(text, str(path))]
+        return [_Found(loads_in_csv(text, str(path)), digest=digest)]
+    raw = read_bytes(path)
+    if ending == ".npy":
+        found = _find_npy(raw, path, guess)
+    elif ending == ".npz":
+        found = _find_npz(raw, path)
+    else:
+        found = _from_dump(find_dump(parse_torch(raw, str(path)), str(path)))
+    return [replace(found, digest=hashlib.sha256(raw).hexdigest())]
+
+
+def _find_json(text: str, file: str) -> list[_Found]:
+    data = parse_json(text, file)
+    if isinstance(data, dict) and "counts" in data and "logical_count" not in data:
+        named = named_loads_in_json(data["counts"], file)
+        return [_Found(loads, key=f"counts.{name[:40]}", name=name) for name, loads in named.items()]
+    loads, key = loads_in_json(data, file)
+    return [_Found(loads, key=key)]
+
+
+def _find_npy(raw: bytes, path: Path, guess: bool) -> _Found:
+    array = parse_npy(raw, str(path))
+    if guess and looks_like_choices(array):
+        note = "read as a routing sample of (tokens, layers, top_k): no row repeats a number, as rows of counts would"
+        return _Found(None, Choices(array), notes=(note,))
+    return _Found(array)
+
+
+def _find_npz(raw: bytes, path: Path) -> _Found:
+    file = str(path)
+    archive = open_archive(raw, file)
+    members = npz_names(archive)
+    choices = choices_in_npz(raw, path) if "topk" in members else None
+    name = next((name for name in ARRAY_NAMES if name in members), None)
+    if name is None and choices is not None:
+        return _Found(None, choices)
+    if name is None and len(members) == 1:
+        name = next(iter(members))
+    if name is None:
+        raise InputError(
+            f"holds {listed(members)}, expected a single array, or one named "
+            f"{', '.join(f'`{item}`' for item in (*ARRAY_NAMES, 'topk'))}",
+            file=file,
+        )
+    return _Found(read_npz_array(archive, name, file), choices, key=name)
+
+
+def _from_dump(dump: Dump) -> _Found:
+    return _Found(dump.loads, dump.choices, key=dump.key, notes=dump.notes)
+
+
+def _find_folder(path: Path) -> _Found:
+    if not (path / META).is_file():
+        raise InputError(
+            f"is a folder without `{META}`, expected the statistics of TensorRT-LLM", file=str(path)
+        )
+    found = read_statistics(path)
+    return _Found(found.loads, found.choices, notes=(NOTE,), digest=found.digest)
 
 
 def zipf_loads(
@@ -101,197 +332,3 @@ def zipf_loads(
             raise ValueError(f"found the MoE layer {layer}, expected 0 to {layers - 1}")
         loads[layer, np.random.default_rng([seed, layer]).permutation(experts)] = share
     return loads
-
-
-def _read_json(path: Path) -> tuple[NDArray[np.float64], str]:
-    text = read_text(path, MAX_LOAD_BYTES)
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(pairs)) != len(pairs):
-            raise InputError("repeats a key", file=str(path))
-        return dict(pairs)
-
-    try:
-        data = json.loads(text, object_pairs_hook=refuse_duplicates)
-    except RecursionError:
-        raise InputError("nests too deeply", file=str(path)) from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"is not JSON: {error.msg}", file=str(path), line=error.lineno) from None
-    except ValueError:
-        raise InputError("holds a number of more than 4300 digits", file=str(path)) from None
-    if isinstance(data, list):
-        return _from_lists(data, "", path), ""
-    if isinstance(data, dict) and "logical_count" in data:
-        return _from_lists(data["logical_count"], "logical_count", path), "logical_count"
-    keys = (
-        f", found the keys {', '.join(repr(key)[:40] for key in list(data)[:8])}"
-        if isinstance(data, dict)
-        else ""
-    )
-    raise InputError(f"expected a list of lists, or the key `logical_count`{keys}", file=str(path))
-
-
-def _from_lists(data: Any, place: str, path: Path) -> NDArray[np.float64]:
-    """Return nested lists of numbers, of two or three levels, as an array."""
-    rows = _list(data, place, path)
-    deep = isinstance(rows[0], list) and bool(rows[0]) and isinstance(rows[0][0], list)
-    steps = rows if deep else [rows]
-    shape: tuple[int, int] | None = None
-    arrays: list[NDArray[np.float64]] = []
-    for number, step in enumerate(steps):
-        here = f"{place}[{number}]" if deep else place
-        lines: list[NDArray[np.float64]] = []
-        for layer, row in enumerate(_list(step, here, path)):
-            lines.append(_row(row, f"{here}[{layer}]", path))
-            if len(lines[-1]) != len(lines[0]):
-                raise InputError(
-                    f"has {len(lines[-1])} entries, expected {len(lines[0])} as in the first row",
-                    file=str(path),
-                    key=f"{here}[{layer}]",
-                )
-        arrays.append(np.stack(lines))
-        shape = shape or (arrays[0].shape[0], arrays[0].shape[1])
-        if arrays[-1].shape != shape:
-            raise InputError(
-                f"has the shape {arrays[-1].shape}, expected {shape} as in the first step",
-                file=str(path),
-                key=here,
-            )
-    return np.stack(arrays) if deep else arrays[0]
-
-
-def _list(data: Any, place: str, path: Path) -> list[Any]:
-    if not isinstance(data, list) or not data:
-        found = "an empty list" if data == [] else repr(data)[:40]
-        raise InputError(f"found {found}, expected a list", file=str(path), key=place or None)
-    return data
-
-
-def _row(data: Any, place: str, path: Path) -> NDArray[np.float64]:
-    for column, value in enumerate(_list(data, place, path)):
-        if type(value) is not int and type(value) is not float:
-            raise InputError(
-                f"found {repr(value)[:40]}, expected a count of tokens",
-                file=str(path),
-                key=f"{place}[{column}]",
-            )
-    try:
-        return np.array(data, dtype=np.float64)
-    except OverflowError:
-        raise InputError("holds a number too large to count tokens", file=str(path), key=place) from None
-
-
-def _read_csv(path: Path) -> tuple[NDArray[np.float64], str]:
-    rows: list[NDArray[np.float64]] = []
-    try:
-        for number, cells in enumerate(csv.reader(io.StringIO(read_text(path, MAX_LOAD_BYTES))), start=1):
-            if not any(cell.strip() for cell in cells) or cells[0].lstrip().startswith("#"):
-                continue
-            values = [_number(cell) for cell in cells]
-            if not rows and not any(_is_number(cell) for cell in cells):
-                continue  # a heading
-            if None in values:
-                column = values.index(None)
-                raise InputError(
-                    f"found {cells[column][:40]!r} in column {column + 1}, expected a count of tokens, finite and not "
-                    "negative",
-                    file=str(path),
-                    line=number,
-                )
-            if rows and len(values) != len(rows[0]):
-                raise InputError(
-                    f"has {len(values)} columns, expected {len(rows[0])} as in the first row",
-                    file=str(path),
-                    line=number,
-                )
-            rows.append(np.array(values, dtype=np.float64))
-    except csv.Error as error:
-        raise InputError(f"is not CSV: {error}", file=str(path)) from None
-    if not rows:
-        raise InputError("holds no row of numbers", file=str(path))
-    return np.stack(rows), ""
-
-
-def _number(cell: str) -> float | None:
-    try:
-        value = float(cell)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value >= 0 and "_" not in cell else None
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        float(cell)
-    except ValueError:
-        return False
-    return True
-
-
-def _read_npy(path: Path) -> tuple[NDArray[np.float64], str]:
-    _check_file(path)
-    try:
-        with path.open("rb") as stream:
-            return _array(stream, path.stat().st_size, path, ""), ""
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
-
-
-def _read_npz(path: Path) -> tuple[NDArray[np.float64], str]:
-    _check_file(path)
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-            name = next((name for name in ARRAY_NAMES if name in members), None)
-            if name is None and len(members) == 1:
-                name = next(iter(members))
-            if name is None:
-                raise InputError(
-                    f"holds {', '.join(repr(item)[:40] for item in list(members)[:8]) or 'nothing'}, expected a single "
-                    f"array, or one named {', '.join(f'`{item}`' for item in ARRAY_NAMES)}",
-                    file=str(path),
-                )
-            with archive.open(members[name]) as stream:
-                return _array(stream, members[name].file_size, path, name), name  # type: ignore[arg-type]
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise InputError(f"is not a readable .npz file: {error}", file=str(path)) from None
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
-
-
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise InputError("no such file", file=str(path))
-    if not path.is_file():
-        raise InputError("is not a file", file=str(path))
-
-
-def _array(stream: BinaryIO, size: int, path: Path, place: str) -> NDArray[np.float64]:
-    """Return the array of an `.npy` stream of `size` bytes; the header is checked before its size is believed."""
-
-    def refuse(message: str) -> InputError:
-        return InputError(message, file=str(path), key=place or None)
-
-    if size > MAX_ARRAY_BYTES:
-        raise refuse(f"is larger than {MAX_ARRAY_BYTES // 2**20} MiB, the most that is read")
-    headers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version not in headers:
-            raise refuse(f"has the .npy version {version[0]}.{version[1]}, expected 1.0 or 2.0")
-        shape, by_column, dtype = headers[version](stream)
-    except ValueError as error:
-        raise refuse(f"is not an .npy array: {str(error).splitlines()[0][:100]}") from None
-    if dtype.kind not in "iuf":
-        raise refuse(f"holds {dtype.name[:40]}, expected numbers")
-    if len(shape) > 3 or any(length < 0 for length in shape):
-        raise refuse(f"found the shape {shape}, expected (layers, experts) or (steps, layers, experts)")
-    expected = math.prod(shape) * dtype.itemsize
-    data = stream.read(min(expected, MAX_ARRAY_BYTES) + 1)
-    if len(data) != expected:
-        raise refuse(f"is cut or damaged: the shape {shape} takes {expected} bytes, found {len(data)}")
-    array = np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if by_column else "C")
-    return np.ascontiguousarray(array, dtype=np.float64)

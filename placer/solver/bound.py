@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from placer.cost.collectives import Seat
 from placer.cost.latency import CostModel, ExpertForms
 from placer.problem import Problem
-from placer.solver.experts import ExpertTask, layer_bounds
+from placer.solver.experts.bound import layer_bounds
+from placer.solver.experts.task import ExpertTask
 from placer.solver.stages import StageCosts
 from placer.spec.dtypes import BYTES_PER_VALUE
 from placer.strategy import Shape

@@ -21,9 +21,12 @@ from placer.cost.latency import CostModel, make_layout
 from placer.errors import InputError, SolverError
 from placer.placement import Plan, StagePlan
 from placer.problem import Problem
-from placer.solver import experts, experts_model, ranks, stages
+from placer.solver import ranks, stages
 from placer.solver.bound import Ideal, StrategyBound, groups_seated, ideal_for
 from placer.solver.clock import Clock
+from placer.solver.experts import bound as expert_bound
+from placer.solver.experts import model as expert_model
+from placer.solver.experts import swaps
 from placer.solver.ranks_model import solve_counts
 from placer.solver.refusals import Refusals, nothing_to_try
 from placer.solver.seating import Seater, Seating, expert_task
@@ -367,14 +370,14 @@ class Search:
                 if not self.problem.model.groups[group].moe:
                     continue
                 task = expert_task(self.problem, self.cost, plan.shape, layout, group, layers)
-                slots = np.stack([before[layer] for layer in layers]) if before else experts.start(task)
-                slots = experts.improve(task, slots, self.clock, rounds, keep)
+                slots = np.stack([before[layer] for layer in layers]) if before else swaps.start(task)
+                slots = swaps.improve(task, slots, self.clock, rounds, keep)
                 if polish_rounds:
-                    bounds = experts.layer_bounds(task)
-                    slots = experts_model.polish(
+                    bounds = expert_bound.layer_bounds(task)
+                    slots = expert_model.polish(
                         task, slots, bounds, self.clock, seed=self.seed, rounds=polish_rounds, keep=keep
                     )
-                    slots = experts_model.solve_small(task, slots, self.clock, seed=self.seed, keep=keep)
+                    slots = expert_model.solve_small(task, slots, self.clock, seed=self.seed, keep=keep)
                 result |= dict(zip(layers, slots, strict=True))
         return result
 

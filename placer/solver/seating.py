@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from placer.cost.latency import CostModel, Layout, make_layout
 from placer.placement import StagePlan
 from placer.problem import Problem
-from placer.solver import experts, ranks, stages
-from placer.solver.experts import ExpertTask
+from placer.solver import ranks, stages
+from placer.solver.experts import bound
+from placer.solver.experts.task import ExpertTask
 from placer.solver.ranks import StageSeat
 from placer.solver.stages import StageCosts, StageMemory
 from placer.strategy import Shape
@@ -181,7 +182,7 @@ class Seater:
                 layers[n, members] = own
                 if stated.moe and problem.slots % shape.ep == 0:
                     task = expert_task(problem, self.cost, shape, layout, group, members, only=n)
-                    layers[n, members] += experts.layer_bounds(task)
+                    layers[n, members] += bound.layer_bounds(task)
         return layers, edges
 
 

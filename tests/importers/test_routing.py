@@ -55,7 +55,7 @@ def test_counts_and_aggregate_of_one_model_agree() -> None:
     ("name", "says"),
     [
         ("olmoe_1b_7b/expert_counts.json", "logical_count"),
-        ("granite3_1b_a400m/tokens_tiny.npz", "'topk'"),
+        ("omni_placements/ep32_redundant_sc.npz", "'hosts'"),
         ("eplb_readme_example.json", "'weight'"),
     ],
 )
@@ -85,6 +85,11 @@ def test_npy_keeps_numbers_in_any_layout(tmp_path: Path, order: str, dtype: str)
     path = tmp_path / "a.npy"
     np.save(path, np.asarray(LOADS, dtype=dtype, order=order))  # type: ignore[call-overload]
     assert read_expert_loads(path).tolist() == LOADS
+
+
+def test_zero_rows_are_dense_layers(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.json", json.dumps([[0, 0, 0], *LOADS]))
+    assert read_expert_loads(path).tolist() == [[0, 0, 0], *LOADS]
 
 
 def test_npy_steps_are_summed(tmp_path: Path) -> None:
@@ -153,6 +158,13 @@ def test_hostile_json_is_refused(tmp_path: Path, content: str) -> None:
         ("1,2\n\n3,-4\n", 3),
         ("1,1_0\n", 1),
         ("1,\n", 1),
+        ("1;2\n3;4\n", 1),
+        ("a,b\nc,d\n1,2\n", 2),
+        ("expert 0,12 tokens\n1,2\n", 1),
+        ("expert 0,-.5x\n1,2\n", 1),
+        (",expert 0\n0,2\n", 1),
+        ("layer,expert 0\n0,2\n", 1),
+        ("expert 0,expert 1\n1,2,3\n", 2),
     ],
 )
 def test_wrong_csv_is_refused_with_its_line(tmp_path: Path, content: str, line: int) -> None:

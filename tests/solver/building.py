@@ -16,7 +16,7 @@ from placer import verify
 from placer.cost.latency import ExpertForms
 from placer.placement import Plan, StagePlan
 from placer.problem import Problem, load_problem
-from placer.solver.experts import ExpertTask
+from placer.solver.experts.task import ExpertTask
 from placer.solver.search import Candidate
 
 Floats = NDArray[np.float64]

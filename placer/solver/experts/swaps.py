@@ -1,70 +1,20 @@
-"""Experts to slots: copies per expert and slot per copy, for all scenarios at once, layer by layer.
+"""Start and swaps under the exact cost of every rank, all layers of a stage side by side.
 
-Layers do not share anything once slots per EP rank are equal, so all layers of a stage are improved side by side in
-numpy. Start: copies to the expert with most load per copy, then heaviest copy first onto the cheapest rank. Improve:
-pairwise swaps out of the rank that sets a term. Bound: see `layer_bounds`. CP-SAT: see `experts_model`.
+Layers do not share anything once slots per EP rank are equal. Start: copies to the expert with most load per copy, then
+heaviest copy first onto the cheapest rank. Improve: pairwise swaps out of the rank that sets a term.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import numpy as np
 from numpy.typing import NDArray
 
-from placer.cost.latency import ExpertForms, active_probability, rank_loads
+from placer.cost.latency import active_probability
 from placer.solver.clock import Clock
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from placer.solver.experts.task import ExpertTask, Floats, Ints, objective
 
 #: Least busy ranks that a swap is tried with first.
 PARTNERS = 6
-
-
-@dataclass(frozen=True)
-class ExpertTask:
-    """The MoE layers of one stage that share their forms.
-
-    `loads` is (scenarios, layers, experts) shares of routed tokens; `forms`, `weights` and `tokens` have one entry for
-    each scenario; `weights` are those of the objective. Every EP rank has `slots_per_rank` slots.
-    """
-
-    loads: Floats
-    forms: tuple[ExpertForms, ...]
-    weights: Floats
-    tokens: tuple[float, ...]
-    top_k: int
-    ep: int
-    slots_per_rank: int
-
-    @property
-    def layers(self) -> int:
-        """How many layers."""
-        return int(self.loads.shape[1])
-
-    @property
-    def experts(self) -> int:
-        """Experts of a layer."""
-        return int(self.loads.shape[2])
-
-    @property
-    def slots(self) -> int:
-        """Slots of a layer."""
-        return self.ep * self.slots_per_rank
-
-    def layer(self, number: int) -> ExpertTask:
-        """Return the task of one of the layers alone."""
-        return replace(self, loads=self.loads[:, number : number + 1])
-
-
-def objective(task: ExpertTask, slots: Ints) -> Floats:
-    """Return (layers,) weighted expert time of `slots` (layers, ep, slots per rank), in seconds."""
-    total = np.zeros(len(slots))
-    for number, forms in enumerate(task.forms):
-        share, active = rank_loads(slots, task.loads[number], task.tokens[number], task.top_k)
-        total += task.weights[number] * sum(forms.times(share, active).values())
-    return total
 
 
 def choose_copies(task: ExpertTask, hot: int) -> Ints:
@@ -375,97 +325,3 @@ def _slot_values(task: ExpertTask, copies: Ints) -> tuple[Ints, Floats]:
     order = np.argsort(-heat[rows, experts], axis=1, kind="stable")
     experts = np.take_along_axis(experts, order, axis=1)
     return experts, values[rows, experts]
-
-
-def layer_bounds(task: ExpertTask) -> Floats:
-    """Return (layers,) lower bounds on the weighted expert time of a layer, over every choice of copies and slots.
-
-    Each term of each scenario is bounded by itself: loads that sum to 1 cannot all be below the speed-weighted mean;
-    the rank of the hottest copy carries at least that copy (and, without redundancy, the lightest experts beside it);
-    active slots are fewest as `fewest_active` has it, and some rank reads at least the mean; where ranks differ in
-    speed, what the quick ones cannot hold falls to the slow ones (`_left_to_slow`).
-    """
-    total = np.zeros(task.layers)
-    for number, form in enumerate(task.forms):
-        loads = task.loads[number]
-        hot = hottest_copy(loads, task.slots, task.ep)
-        if task.slots == task.experts:
-            hot = hot + np.sort(loads, axis=1)[:, : task.slots_per_rank - 1].sum(axis=1)
-        active = fewest_active(task, number)
-        by_row = np.maximum(_mean_bound(form.by_row), form.by_row.min() * hot)
-        by_row = np.maximum(
-            by_row, _left_to_slow(form.by_row, np.ones(task.layers), loads, task.slots_per_rank)
-        )
-        by_bytes = (form.activation.min() + form.by_expert.min() * active) / task.ep
-        single = active_probability(loads, task.tokens[number], task.top_k)
-        by_bytes = np.maximum(by_bytes, _left_to_slow(form.by_expert, active, single, task.slots_per_rank))
-        bound = form.start.min() + np.maximum(by_row, by_bytes)
-        for start_up, floor, rate in (
-            (form.dispatch_start, form.dispatch_floor, form.dispatch_rate),
-            (form.combine_start, form.combine_floor, form.combine_rate),
-        ):
-            bound = (
-                bound + start_up + np.maximum(floor.max(), np.maximum(_mean_bound(rate), rate.min() * hot))
-            )
-        bound = bound + form.etp_start + form.etp_rate * np.maximum(1.0 / task.ep, hot)
-        total += task.weights[number] * bound
-    return total
-
-
-def fewest_active(task: ExpertTask, scenario: int) -> Floats:
-    """Return (layers,) the least possible sum of active probabilities over all slots of a layer.
-
-    With c copies an expert has c (1 - (1 - p / c) ^ tokens) active ones, which is concave in c, so every copy beyond the
-    first adds at least the slope from one copy to the most there can be; the redundant slots must be filled.
-    """
-    loads, tokens = task.loads[scenario], task.tokens[scenario]
-    single = active_probability(loads, tokens, task.top_k)
-    redundant = task.slots - task.experts
-    most = min(task.ep, redundant + 1)
-    if redundant == 0 or most < 2:
-        return np.asarray(single.sum(axis=1))
-    # Below one token it is convex instead: then the least slope is one of those to fewer copies.
-    slope = np.minimum.reduce(
-        [
-            (copies * active_probability(loads / copies, tokens, task.top_k) - single) / (copies - 1)
-            for copies in ([most] if tokens >= 1 else range(2, most + 1))
-        ]
-    )
-    return np.asarray(single.sum(axis=1) + redundant * slope.min(axis=1))
-
-
-def _left_to_slow(rates: Floats, total: Floats, each: Floats, slots_per_rank: int) -> Floats:
-    """Return (layers,) the least possible max(rate * held) when ranks can hold no more than their slots.
-
-    `total` (layers,) is what all ranks hold together, `each` (layers, experts) the most one slot of an expert can hold.
-    The j quickest ranks hold at most what the j * slots_per_rank largest slots do; the rest falls to the others, the
-    quickest of which still has the rate of rank j.
-    """
-    bound = np.zeros(len(total))
-    if (rates == rates[0]).all():
-        return bound
-    ordered = np.sort(rates)
-    largest = -np.sort(-each, axis=1)
-    held = np.concatenate([np.zeros((len(total), 1)), largest.cumsum(axis=1)], axis=1)
-    for quick in np.flatnonzero(np.diff(ordered)) + 1:
-        slots = int(quick) * slots_per_rank
-        most = held[:, min(slots, each.shape[1])] + max(0, slots - each.shape[1]) * largest[:, 0]
-        left = np.maximum(0.0, total - most)
-        bound = np.maximum(bound, ordered[quick] * left / (len(ordered) - quick))
-    return bound
-
-
-def _mean_bound(rates: Floats) -> float:
-    """Return the least possible max(rate * q) over shares q that sum to 1."""
-    return 0.0 if (rates <= 0).any() else float(1.0 / (1.0 / rates).sum())
-
-
-def hottest_copy(loads: Floats, slots: int, ep: int) -> Floats:
-    """Return (layers,) the least possible load of the hottest copy: extra copies always go to the hottest one."""
-    layers, experts = loads.shape
-    copies = np.ones((layers, experts))
-    rows = np.arange(layers)
-    for _ in range(slots - experts):
-        per_copy = np.where(copies < ep, loads / copies, -1.0)
-        copies[rows, per_copy.argmax(axis=1)] += 1
-    return np.asarray((loads / copies).max(axis=1))

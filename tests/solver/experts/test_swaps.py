@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placer.cost.latency import ExpertForms, rank_loads
-from placer.solver import experts
 from placer.solver.clock import Clock
-from placer.solver.experts import ExpertTask, SlotState, objective
+from placer.solver.experts import bound as expert_bound
+from placer.solver.experts import swaps
+from placer.solver.experts.swaps import SlotState
+from placer.solver.experts.task import ExpertTask, objective
 from tests.solver.building import Floats, Ints, every_slots, make_task, random_slots, random_task, tiny_task
 
 SEEDS = st.integers(0, 100_000)
@@ -44,9 +46,9 @@ def reordered(form: ExpertForms, order: Ints) -> ExpertForms:
 def test_start_and_improve_are_legal_and_improve_never_worsens(seed: int) -> None:
     """Every expert is somewhere and none twice on a rank; a layer's objective only ever falls."""
     task = random_task(seed)
-    first = experts.start(task)
+    first = swaps.start(task)
     check_legal(task, first)
-    better = experts.improve(task, first, Clock(60), rounds=40)
+    better = swaps.improve(task, first, Clock(60), rounds=40)
     check_legal(task, better)
     assert (objective(task, better) <= objective(task, first) * (1 + 1e-12)).all()
 
@@ -140,14 +142,14 @@ def test_every_swap_lowers_the_objective_of_just_the_layers_it_names(seed: int) 
 def test_no_legal_slots_are_below_the_bound(seed: int) -> None:
     """Random placements, the start and the improved start: none takes less than `layer_bounds`."""
     task = random_task(seed)
-    bounds = experts.layer_bounds(task)
+    bounds = expert_bound.layer_bounds(task)
     assert (bounds > 0).all()
-    first = experts.start(task)
+    first = swaps.start(task)
     for slots in (
         drawn(task, seed),
         drawn(task, seed + 1),
         first,
-        experts.improve(task, first, Clock(60), 40),
+        swaps.improve(task, first, Clock(60), 40),
     ):
         assert (objective(task, slots) >= bounds * (1 - 1e-12)).all()
 
@@ -157,8 +159,8 @@ def test_the_bound_is_not_above_the_optimum_of_a_tiny_layer(seed: int) -> None:
     """Every placement there is: none is below the bound, and the improved start is not far above the best."""
     task = tiny_task(seed)
     every = every_slots(task.experts, task.ep, task.slots_per_rank)
-    bounds = experts.layer_bounds(task)
-    found = objective(task, experts.improve(task, experts.start(task), Clock(60), 200))
+    bounds = expert_bound.layer_bounds(task)
+    found = objective(task, swaps.improve(task, swaps.start(task), Clock(60), 200))
     for layer in range(task.layers):
         values = objective(wide(task, layer, len(every)), every)
         assert bounds[layer] <= values.min() * (1 + 1e-12)
@@ -181,11 +183,13 @@ def test_the_best_copies_bound_what_they_say(seed: int) -> None:
             loads = task.loads[number, layer : layer + 1]
             counts = np.stack([(every == expert).sum(axis=(1, 2)) for expert in range(task.experts)], axis=1)
             hottest = (loads / counts).max(axis=1).min()
-            assert experts.hottest_copy(loads, task.slots, task.ep)[0] == pytest.approx(hottest, rel=1e-12)
+            assert expert_bound.hottest_copy(loads, task.slots, task.ep)[0] == pytest.approx(
+                hottest, rel=1e-12
+            )
             _, active = rank_loads(
                 every, np.repeat(loads, len(every), axis=0), task.tokens[number], task.top_k
             )
-            least = experts.fewest_active(task, number)[layer]
+            least = expert_bound.fewest_active(task, number)[layer]
             assert least <= active.sum(axis=1).min() * (1 + 1e-12)
 
 
@@ -195,7 +199,7 @@ def test_few_tokens_make_copies_cheaper_not_dearer() -> None:
         task = random_task(seed, experts=4, ep=4, redundant=8, tokens=0.5, scenarios=1)
         slots = drawn(task, seed)
         _, active = rank_loads(slots, task.loads[0], 0.5, task.top_k)
-        assert (experts.fewest_active(task, 0) <= active.sum(axis=1) * (1 + 1e-12)).all()
+        assert (expert_bound.fewest_active(task, 0) <= active.sum(axis=1) * (1 + 1e-12)).all()
 
 
 @LAW
@@ -207,7 +211,7 @@ def test_more_slots_never_make_the_hottest_copy_hotter(seed: int) -> None:
     loads = rng.dirichlet(np.full(count, 0.5), 2)
     before: Floats = np.full(2, np.inf)
     for slots in range(count, count * ep + 1):
-        now = experts.hottest_copy(loads, slots, ep)
+        now = expert_bound.hottest_copy(loads, slots, ep)
         assert (now <= before + 1e-15).all()
         assert (now >= loads.max(axis=1) / ep - 1e-15).all()
         before = now
@@ -222,7 +226,9 @@ def test_names_of_experts_do_not_matter(seed: int) -> None:
     order = np.random.default_rng(seed).permutation(task.experts)
     renamed = replace(task, loads=task.loads[:, :, np.argsort(order)])
     np.testing.assert_allclose(objective(renamed, order[slots]), objective(task, slots), rtol=1e-12)
-    np.testing.assert_allclose(experts.layer_bounds(renamed), experts.layer_bounds(task), rtol=1e-12)
+    np.testing.assert_allclose(
+        expert_bound.layer_bounds(renamed), expert_bound.layer_bounds(task), rtol=1e-12
+    )
 
 
 @LAW
@@ -234,7 +240,7 @@ def test_numbers_of_ranks_do_not_matter(seed: int) -> None:
     order = np.random.default_rng(seed).permutation(task.ep)
     moved = replace(task, forms=tuple(reordered(form, order) for form in task.forms))
     np.testing.assert_allclose(objective(moved, slots[:, order]), objective(task, slots), rtol=1e-12)
-    np.testing.assert_allclose(experts.layer_bounds(moved), experts.layer_bounds(task), rtol=1e-12)
+    np.testing.assert_allclose(expert_bound.layer_bounds(moved), expert_bound.layer_bounds(task), rtol=1e-12)
 
 
 @LAW
@@ -242,15 +248,17 @@ def test_numbers_of_ranks_do_not_matter(seed: int) -> None:
 def test_layers_do_not_know_of_each_other(seed: int) -> None:
     """A layer alone is placed, bounded and improved as it is among others."""
     task = random_task(seed, layers=3)
-    first = experts.start(task)
-    better = experts.improve(task, first, Clock(60), 40)
+    first = swaps.start(task)
+    better = swaps.improve(task, first, Clock(60), 40)
     for layer in range(3):
         alone = task.layer(layer)
-        np.testing.assert_array_equal(experts.start(alone)[0], first[layer])
+        np.testing.assert_array_equal(swaps.start(alone)[0], first[layer])
         np.testing.assert_array_equal(
-            experts.improve(alone, first[layer : layer + 1], Clock(60), 40)[0], better[layer]
+            swaps.improve(alone, first[layer : layer + 1], Clock(60), 40)[0], better[layer]
         )
-        assert experts.layer_bounds(alone)[0] == pytest.approx(experts.layer_bounds(task)[layer], rel=1e-14)
+        assert expert_bound.layer_bounds(alone)[0] == pytest.approx(
+            expert_bound.layer_bounds(task)[layer], rel=1e-14
+        )
 
 
 @LAW
@@ -260,7 +268,7 @@ def test_copies_are_as_many_as_slots(seed: int) -> None:
     task = random_task(seed)
     redundant = task.slots - task.experts
     for hot in {0, redundant // 2, redundant}:
-        copies = experts.choose_copies(task, hot)
+        copies = swaps.choose_copies(task, hot)
         assert (copies.sum(axis=1) == task.slots).all()
         assert copies.min() >= 1
         assert copies.max() <= task.ep
@@ -272,16 +280,16 @@ def test_the_hot_expert_gets_the_copy() -> None:
     task = make_task(rng, experts=6, ep=2, redundant=2, alike=True, tokens=5000)
     loads = np.array([0.5, 0.1, 0.1, 0.1, 0.1, 0.1])
     task = replace(task, loads=loads[None, None], top_k=2)
-    slots = experts.start(task)[0]
+    slots = swaps.start(task)[0]
     assert all(0 in row for row in slots.tolist())
 
 
 def test_every_expert_on_every_rank() -> None:
     """As many slots as experts times ranks leave one placement only, and it is found."""
     task = make_task(np.random.default_rng(2), experts=4, ep=3, redundant=8, layers=2)
-    slots = experts.start(task)
+    slots = swaps.start(task)
     np.testing.assert_array_equal(slots, np.tile(np.arange(4), (2, 3, 1)))
-    np.testing.assert_array_equal(experts.improve(task, slots, Clock(60), 5), slots)
+    np.testing.assert_array_equal(swaps.improve(task, slots, Clock(60), 5), slots)
 
 
 def test_no_time_means_no_change() -> None:
@@ -289,5 +297,5 @@ def test_no_time_means_no_change() -> None:
     task = random_task(3, ep=4, experts=12, redundant=0)
     slots = drawn(task, 3)
     clock = Clock(0.0)
-    np.testing.assert_array_equal(experts.improve(task, slots, clock, 100), slots)
+    np.testing.assert_array_equal(swaps.improve(task, slots, clock, 100), slots)
     assert clock.cut_short

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from placer.cost.latency import active_probability
 from placer.solver import cpsat
 from placer.solver.clock import Clock
-from placer.solver.experts import ExpertTask, SlotState, objective
+from placer.solver.experts.swaps import SlotState
+from placer.solver.experts.task import ExpertTask, objective
 
 if TYPE_CHECKING:
     from ortools.sat.python import cp_model

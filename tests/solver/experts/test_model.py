@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from placer.solver import cpsat, experts, experts_model
+from placer.solver import cpsat
 from placer.solver.clock import Clock
-from placer.solver.experts import objective
+from placer.solver.experts import bound as expert_bound
+from placer.solver.experts import model as expert_model
+from placer.solver.experts.task import ExpertTask, objective
 from tests.solver.building import every_slots, make_task, random_slots, random_task, tiny_task
-from tests.solver.test_experts import check_legal, drawn, wide
+from tests.solver.experts.test_swaps import check_legal, drawn, wide
 
 #: Weights in the models are whole nanoseconds, rounded down: a few for each slot of a rank and term.
 ROUNDING = 1e-7
@@ -21,7 +23,7 @@ ROUNDING = 1e-7
 def test_small_layers_are_solved_to_the_optimum(seed: int) -> None:
     """From a random placement, `solve_small` comes to the best of every placement there is."""
     task = tiny_task(seed)
-    slots = experts_model.solve_small(task, drawn(task, seed), Clock(60), seed=0, keep=0.0)
+    slots = expert_model.solve_small(task, drawn(task, seed), Clock(60), seed=0, keep=0.0)
     check_legal(task, slots)
     every = every_slots(task.experts, task.ep, task.slots_per_rank)
     for layer in range(task.layers):
@@ -34,7 +36,7 @@ def test_the_whole_layer_model_counts_as_the_objective(seed: int) -> None:
     """The model's optimum is that of the objective less its start-ups, within rounding."""
     task = tiny_task(seed).layer(0)
     every = every_slots(task.experts, task.ep, task.slots_per_rank)
-    model, _ = experts_model.layer_model(task, every[0])
+    model, _ = expert_model.layer_model(task, every[0])
     answer = cpsat.solve(model, Clock(60), seconds=30, work=10)
     best = objective(wide(task, 0, len(every)), every).min()
     assert answer.status == "OPTIMAL"
@@ -42,7 +44,7 @@ def test_the_whole_layer_model_counts_as_the_objective(seed: int) -> None:
     assert answer.objective / cpsat.NANOSECONDS == pytest.approx(best - started(task), abs=ROUNDING)
 
 
-def started(task: experts.ExpertTask) -> float:
+def started(task: ExpertTask) -> float:
     return float(
         sum(
             weight * (form.dispatch_start + form.combine_start + form.etp_start)
@@ -57,7 +59,7 @@ def test_the_slot_model_counts_as_the_objective(seed: int) -> None:
     task = random_task(seed, ep=4, experts=12, redundant=4, layers=1)
     slots = drawn(task, seed)
     ranks = [0, 2, 3]
-    model, assigned = experts_model.slot_model(task, slots, ranks)
+    model, assigned = expert_model.slot_model(task, slots, ranks)
     answer = cpsat.solve(model, Clock(60), seconds=10, work=3, gap=1e-5)
     assert answer.objective is not None
     better = slots.copy()
@@ -77,7 +79,7 @@ def test_three_ranks_are_dealt_as_well_as_can_be() -> None:
     for seed in range(4):
         task = make_task(np.random.default_rng(seed), experts=6, ep=3)
         slots = drawn(task, seed)
-        model, assigned = experts_model.slot_model(task, slots, [0, 1, 2])
+        model, assigned = expert_model.slot_model(task, slots, [0, 1, 2])
         answer = cpsat.solve(model, Clock(60), seconds=10, work=5)
         assert answer.found
         held = [
@@ -95,8 +97,8 @@ def test_polish_never_worsens_and_stays_legal(seed: int) -> None:
     task = random_task(seed, ep=2 + seed % 4, layers=2, experts=12, redundant=8 if seed % 4 == 3 else 0)
     task = task if task.slots_per_rank * task.ep >= 12 else replace(task, slots_per_rank=-(-12 // task.ep))
     slots = drawn(task, seed)
-    bounds = experts.layer_bounds(task)
-    better = experts_model.polish(task, slots, bounds, Clock(60), seed=0, rounds=2, keep=0.0)
+    bounds = expert_bound.layer_bounds(task)
+    better = expert_model.polish(task, slots, bounds, Clock(60), seed=0, rounds=2, keep=0.0)
     check_legal(task, better)
     before, after = objective(task, slots), objective(task, better)
     assert (after <= before).all()
@@ -109,10 +111,10 @@ def test_polish_leaves_alone_what_is_at_its_bound() -> None:
     task = make_task(np.random.default_rng(0), experts=8, ep=4, alike=True, tokens=100, layers=2)
     task = replace(task, loads=np.full_like(task.loads, 1 / 8))
     slots = np.tile(np.arange(8).reshape(4, 2), (2, 1, 1))
-    bounds = experts.layer_bounds(task)
+    bounds = expert_bound.layer_bounds(task)
     assert objective(task, slots) == pytest.approx(bounds)
     clock = Clock(0.0)
-    better = experts_model.polish(task, slots, bounds, clock, seed=0, rounds=2, keep=0.0)
+    better = expert_model.polish(task, slots, bounds, clock, seed=0, rounds=2, keep=0.0)
     np.testing.assert_array_equal(better, slots)
     assert not clock.cut_short
 
@@ -123,21 +125,21 @@ def test_one_rank_and_large_layers_are_left_to_others() -> None:
     single = make_task(rng, experts=6, ep=1)
     slots = random_slots(rng, 6, 1, 6)[None]
     clock = Clock(60)
-    np.testing.assert_array_equal(experts_model.solve_small(single, slots, clock, seed=0, keep=0), slots)
-    polished = experts_model.polish(
-        single, slots, experts.layer_bounds(single), clock, seed=0, rounds=1, keep=0
+    np.testing.assert_array_equal(expert_model.solve_small(single, slots, clock, seed=0, keep=0), slots)
+    polished = expert_model.polish(
+        single, slots, expert_bound.layer_bounds(single), clock, seed=0, rounds=1, keep=0
     )
     np.testing.assert_array_equal(polished, slots)
     large = make_task(rng, experts=64, ep=8)
     given = random_slots(rng, 64, 8, 8)[None]
-    assert experts_model.solve_small(large, given, clock, seed=0, keep=0) is given
+    assert expert_model.solve_small(large, given, clock, seed=0, keep=0) is given
 
 
 def test_the_same_seed_gives_the_same_slots() -> None:
     """Polish draws its neighbourhoods from the seed alone."""
     task = random_task(11, ep=5, experts=15, redundant=0, layers=2)
-    slots, bounds = drawn(task, 11), experts.layer_bounds(task)
+    slots, bounds = drawn(task, 11), expert_bound.layer_bounds(task)
     first, second = (
-        experts_model.polish(task, slots, bounds, Clock(60), seed=3, rounds=2, keep=0.0) for _ in range(2)
+        expert_model.polish(task, slots, bounds, Clock(60), seed=3, rounds=2, keep=0.0) for _ in range(2)
     )
     np.testing.assert_array_equal(first, second)
