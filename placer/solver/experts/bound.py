@@ -21,15 +21,13 @@ def layer_bounds(task: ExpertTask) -> Floats:
         loads = task.loads[number]
         hot = hottest_copy(loads, task.slots, task.ep)
         if task.slots == task.experts:
-            hot = hot + np.sort(loads, axis=1)[:, : task.slots_per_rank - 1].sum(axis=1)
+            hot = hottest_together(loads, task.fewest_slots, task.ep)
         active = fewest_active(task, number)
         by_row = np.maximum(_mean_bound(form.by_row), form.by_row.min() * hot)
-        by_row = np.maximum(
-            by_row, _left_to_slow(form.by_row, np.ones(task.layers), loads, task.slots_per_rank)
-        )
+        by_row = np.maximum(by_row, _left_to_slow(form.by_row, np.ones(task.layers), loads, task.most_slots))
         by_bytes = (form.activation.min() + form.by_expert.min() * active) / task.ep
         single = active_probability(loads, task.tokens[number], task.top_k)
-        by_bytes = np.maximum(by_bytes, _left_to_slow(form.by_expert, active, single, task.slots_per_rank))
+        by_bytes = np.maximum(by_bytes, _left_to_slow(form.by_expert, active, single, task.most_slots))
         bound = form.start.min() + np.maximum(by_row, by_bytes)
         for start_up, floor, rate in (
             (form.dispatch_start, form.dispatch_floor, form.dispatch_rate),
@@ -41,6 +39,30 @@ def layer_bounds(task: ExpertTask) -> Floats:
         bound = bound + form.etp_start + form.etp_rate * np.maximum(1.0 / task.ep, hot)
         total += task.weights[number] * bound
     return total
+
+
+def hottest_together(loads: Floats, slots_per_rank: int, ep: int) -> Floats:
+    """Return (layers,) the least possible load of the hottest rank when every expert has one copy.
+
+    For every h up to `ep`: the h hottest experts sit on h ranks or fewer. Sit they apart, each of these ranks has
+    `slots_per_rank` - 1 other experts, together at least as heavy as the lightest there are, and the hottest rank at
+    least the mean of the h; sit two of them together, it has at least the two lightest of the h and the lightest others.
+    """
+    ordered = np.sort(loads, axis=1)
+    running = np.concatenate([np.zeros((len(loads), 1)), ordered.cumsum(axis=1)], axis=1)
+    others, experts = slots_per_rank - 1, loads.shape[1]
+    best = ordered[:, -1] + running[:, others]
+    for h in range(2, min(ep, experts) + 1):
+        if h * slots_per_rank > experts:
+            break
+        apart = (running[:, -1] - running[:, experts - h] + running[:, h * others]) / h
+        together = (
+            ordered[:, experts - h] + ordered[:, experts - h + 1] + running[:, max(0, slots_per_rank - 2)]
+            if slots_per_rank > 1
+            else np.full(len(loads), np.inf)
+        )
+        best = np.maximum(best, np.minimum(apart, together))
+    return np.asarray(best)
 
 
 def fewest_active(task: ExpertTask, scenario: int) -> Floats:

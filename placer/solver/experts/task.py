@@ -28,6 +28,7 @@ class ExpertTask:
     top_k: int
     ep: int
     slots_per_rank: int
+    room: Ints | None = None
 
     @property
     def layers(self) -> int:
@@ -42,7 +43,17 @@ class ExpertTask:
     @property
     def slots(self) -> int:
         """Slots of a layer."""
-        return self.ep * self.slots_per_rank
+        return self.ep * self.slots_per_rank if self.room is None else int(self.room.sum())
+
+    @property
+    def fewest_slots(self) -> int:
+        """Slots of the rank that has fewest."""
+        return self.slots_per_rank if self.room is None else int(self.room.min())
+
+    @property
+    def most_slots(self) -> int:
+        """Slots of the rank that has most."""
+        return self.slots_per_rank if self.room is None else int(self.room.max())
 
     def layer(self, number: int) -> ExpertTask:
         """Return the task of one of the layers alone."""

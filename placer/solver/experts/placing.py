@@ -1,0 +1,393 @@
+"""Expert placement as one question with one answer: `place_experts`.
+
+Layers share nothing but, where asked for, a budget of slots, so each is placed for itself: copies and a first deal
+(`deal`), balance over all scenarios (`spread`), then, where a routing sample and a price of reach are given, fan-out
+against balance (`fanout`). Bounds come from `bound`, moves away from an older map from `moves`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placer.cost.expert_score import fan_out
+from placer.cost.latency import ExpertForms, active_probability
+from placer.errors import InputError
+from placer.solver.clock import Clock
+from placer.solver.experts import bound as bounds
+from placer.solver.experts import swaps
+from placer.solver.experts.deal import choose_copies, deal, heat_of
+from placer.solver.experts.fanout import Gathering, Reach, ReachPrice, gather
+from placer.solver.experts.spread import Features, Floats, Ints, Seats, Spread, search
+from placer.solver.experts.task import ExpertTask
+from placer.spec.routing import RoutingSample
+
+#: How closely the smooth maximum follows the largest rank load, from the first descent to the last.
+BETAS = (4.0, 12.0, 30.0, 90.0)
+#: A share of the objective looks at all ranks, not only at those near the top: it helps on workloads not seen.
+EVEN_BETA, EVEN_WEIGHT = 12.0, 0.5
+#: Kicks of the search, and those with fan-out.
+KICKS, GATHER_KICKS, GATHER_STARTS = 24, 30, 4
+#: Swaps under the exact maximum after the smooth one, for a single scenario.
+EXACT_ROUNDS = 400
+
+
+@dataclass(frozen=True)
+class ExpertProblem:
+    """What `place_experts` is asked.
+
+    `layers` are the numbers of the MoE layers, `loads` (scenarios, layers, experts) their shares of routed tokens.
+    `forms` and `tokens` say, by scenario, what a rank's load costs (`relative_forms` where nothing but the load counts)
+    and `weights` how much it counts; of the objective, the part `worst` is the worst scenario instead of their weighted
+    sum. `room` (ep,) is the slots of every rank, `host_of` (ep,) the host of every rank, `apart_of` (ep,) the domains
+    that must not hold two copies of an expert. `samples` are routing samples, each with a scenario number;
+    `reach` the prices of reaching further domains. `groups`, above 1, keeps the experts of a routing group on one block
+    of consecutive slots and takes exactly one copy of each expert.
+    """
+
+    layers: tuple[int, ...]
+    loads: Floats
+    forms: tuple[ExpertForms, ...]
+    tokens: tuple[float, ...]
+    top_k: int
+    weights: Floats
+    room: Ints
+    host_of: Ints
+    apart_of: Ints
+    worst: float = 0.0
+    sample: RoutingSample | None = None
+    reach: tuple[ReachPrice, ...] = ()
+    contiguous: bool = False
+    groups: int = 1
+
+    @property
+    def experts(self) -> int:
+        """Experts of a layer."""
+        return int(self.loads.shape[2])
+
+    @property
+    def ep(self) -> int:
+        """EP ranks."""
+        return len(self.room)
+
+    @property
+    def slots(self) -> int:
+        """Slots of a layer."""
+        return int(self.room.sum())
+
+    @property
+    def seats(self) -> Seats:
+        """The slots by rank."""
+        return Seats(np.repeat(np.arange(self.ep), self.room), self.apart_of)
+
+    @property
+    def task(self) -> ExpertTask:
+        """The same as a task of balance alone."""
+        even = bool((self.room == self.room[0]).all())
+        return ExpertTask(
+            self.loads, self.forms, self.weights, self.tokens, self.top_k, self.ep,
+            int(self.room.max()), None if even else self.room,
+        )  # fmt: skip
+
+    def of_layers(self, layers: Ints) -> ExpertProblem:
+        """Return the problem of some of the layers, by their places."""
+        return replace(
+            self, layers=tuple(self.layers[place] for place in layers), loads=self.loads[:, layers]
+        )
+
+
+def relative_forms(speed: Floats) -> ExpertForms:
+    """Return forms in which a rank's time is its share of the load over its speed, 1 in perfect balance."""
+    zero = np.zeros(len(speed))
+    return ExpertForms(
+        start=zero, by_row=speed.sum() / speed, activation=zero, by_expert=zero,
+        dispatch_start=0.0, dispatch_floor=zero, dispatch_rate=zero,
+        combine_start=0.0, combine_floor=zero, combine_rate=zero, etp_start=0.0, etp_rate=0.0,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExpertAnswer:
+    """Where the experts are: `expert` (layers, slots), slots by rank as `room` has them.
+
+    `times` is (scenarios, layers) the largest rank time of each, `objective` and `bound` (layers,) in the same unit.
+    `reached` gives the mean domains a token reaches, by price and layer.
+    """
+
+    problem: ExpertProblem
+    expert: Ints
+    times: Floats
+    objective: Floats
+    bound: Floats
+    reached: Floats
+
+    def rows(self, place: int) -> Ints:
+        """Return (ep, most slots) the experts of the layer at a place, -1 where a rank has fewer slots."""
+        room = self.problem.room
+        result = np.full((len(room), int(room.max())), -1, dtype=np.int64)
+        result[np.arange(room.max())[None, :] < room[:, None]] = self.expert[place]
+        return result
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective, over all layers."""
+        total = float(self.objective.sum())
+        return max(0.0, (total - float(self.bound.sum())) / total) if total > 0 else 0.0
+
+
+def place_experts(
+    problem: ExpertProblem,
+    *,
+    clock: Clock | None = None,
+    workers: int = 2,
+    seed: int = 0,
+    kicks: int | None = None,
+    report: Callable[[str], None] | None = None,
+) -> ExpertAnswer:
+    """Return the best placement found, with its bound.
+
+    The work is metered in steps, so that the same problem and seed give the same answer, with however many `workers`;
+    `clock` is a guard. Raises InputError when the experts do not fit the slots.
+    """
+    check_room(problem)
+    clock = clock or Clock(600.0)
+    parts = np.array_split(np.arange(len(problem.layers)), max(1, min(2 * workers, len(problem.layers))))
+
+    def place(part: Ints) -> Ints:
+        return _place(problem.of_layers(part), part, clock, seed, kicks)
+
+    with ThreadPoolExecutor(max_workers=workers) as pool:
+        expert = np.concatenate(list(pool.map(place, [part for part in parts if len(part)])))
+    return answer_of(problem, expert)
+
+
+def answer_of(problem: ExpertProblem, expert: Ints) -> ExpertAnswer:
+    """Return slots (layers, slots) as an answer: priced from the problem alone, with bounds."""
+    times = rank_times(problem, expert)
+    reached = mean_reach(problem, expert)
+    prices = np.array([price.price for price in problem.reach])
+    objective = blended(problem, times) + (prices @ reached if len(prices) else 0.0)
+    return ExpertAnswer(problem, expert, times, objective, layer_bounds(problem), reached)
+
+
+def check_room(problem: ExpertProblem) -> None:
+    """Raise InputError when the slots cannot hold one copy of every expert, or would need doubles."""
+    if problem.slots < problem.experts:
+        raise InputError(
+            f"{problem.slots} slots cannot hold {problem.experts} experts, expected at least one slot for each"
+        )
+    by_domain = np.bincount(problem.apart_of, weights=problem.room).astype(np.int64)
+    if by_domain.max() > problem.experts:
+        raise InputError(
+            f"a domain of {int(by_domain.max())} slots would hold two copies of one of {problem.experts} experts, "
+            "expected fewer slots there"
+        )
+    if problem.contiguous and problem.slots != problem.experts:
+        raise InputError(
+            f"{problem.slots} slots for {problem.experts} experts, expected one slot for each: a permutation has no copies"
+        )
+
+
+def features_of(problem: ExpertProblem, beta: float, *, even: bool) -> Features:
+    """Return what is balanced: for each scenario its rows, and in decode its active experts, at one beta.
+
+    A scenario's time is the sum of maxima over ranks, of which the one over rows and the one over bytes read by active
+    experts is taken that sets the time at even load; exchange follows the rows. With `even`, the same once more with a
+    low beta.
+    """
+    rows: list[tuple[Floats, float, Floats, float]] = []
+    for number, form in enumerate(problem.forms):
+        weight = float(problem.weights[number])
+        exchange = form.dispatch_rate + form.combine_rate + form.etp_rate
+        loads = problem.loads[number]
+        active = active_probability(loads, problem.tokens[number], problem.top_k).sum(axis=1).mean()
+        by_bytes = active / problem.ep * form.by_expert.mean()
+        if by_bytes > form.by_row.mean() / problem.ep:
+            scale, worth = _relative(form.by_expert, float(active))
+            rows.append((loads, problem.tokens[number], scale, weight * worth))
+            by_row = exchange + form.activation
+        else:
+            by_row = exchange + form.by_row
+        if by_row.max() > 0:
+            scale, worth = _relative(by_row, 1.0)
+            rows.append((loads, 0.0, scale, weight * worth))
+    features = Features(
+        loads=np.stack([row[0] for row in rows]),
+        tokens=np.array([row[1] for row in rows]),
+        top_k=problem.top_k,
+        scale=np.stack([row[2] for row in rows]),
+        weights=np.array([row[3] for row in rows]),
+        betas=np.full(len(rows), beta),
+        worst=problem.worst,
+    )
+    if not even:
+        return features
+    return replace(
+        features,
+        loads=np.concatenate([features.loads] * 2),
+        tokens=np.tile(features.tokens, 2),
+        scale=np.concatenate([features.scale] * 2),
+        weights=np.concatenate([features.weights, EVEN_WEIGHT * features.weights]),
+        betas=np.concatenate([features.betas, np.full(len(rows), EVEN_BETA)]),
+    )
+
+
+def _relative(rate: Floats, total: float) -> tuple[Floats, float]:
+    """Return (ep,) what makes a rank's load relative, and the seconds of an even load: rates that sum to `total`."""
+    rate = np.maximum(rate, rate.max() * 1e-6)
+    even = total / float((1.0 / rate).sum())
+    return rate / even, even
+
+
+def _place(problem: ExpertProblem, places: Ints, clock: Clock, seed: int, kicks: int | None) -> Ints:
+    """Return (layers, slots) experts of some layers; `places` are their places in the whole, for the seeds."""
+    seats, every = problem.seats, np.arange(len(problem.layers))
+    generators = [
+        np.random.default_rng([seed, problem.layers[place]]) for place in range(len(problem.layers))
+    ]
+    expert = _first(problem, seats)
+    spread = None
+    for number, beta in enumerate(BETAS):
+        last = number == len(BETAS) - 1
+        spread = Spread(features_of(problem, beta, even=last and len(problem.forms) > 1), seats, expert)
+        spread.descend(every, 100)
+        expert = spread.kept()
+    assert spread is not None
+    search(spread, KICKS if kicks is None else kicks, generators, clock.over)
+    expert = spread.kept()
+    if len(problem.forms) == 1:
+        expert = _exact(problem, expert, clock)
+    if problem.sample is not None and problem.reach:
+        expert = _gathered(problem, spread.features, seats, expert, generators, clock, kicks)
+    return expert
+
+
+def _first(problem: ExpertProblem, seats: Seats) -> Ints:
+    features = features_of(problem, BETAS[0], even=False)
+    copies = choose_copies(heat_of(features), problem.slots, seats.domains)
+    return deal(features, seats, copies)
+
+
+def _exact(problem: ExpertProblem, expert: Ints, clock: Clock) -> Ints:
+    """Return slots improved under the exact maximum, where the ranks are alike in room and copies need no more room."""
+    task = problem.task
+    if task.room is not None or len(np.unique(problem.apart_of)) < problem.ep:
+        return expert
+    slots = expert.reshape(len(expert), problem.ep, -1)
+    return swaps.improve(task, slots, clock, EXACT_ROUNDS).reshape(len(expert), -1)
+
+
+def _gathered(
+    problem: ExpertProblem,
+    features: Features,
+    seats: Seats,
+    expert: Ints,
+    generators: Sequence[np.random.Generator],
+    clock: Clock,
+    kicks: int | None,
+) -> Ints:
+    """Return slots with fan-out weighed against balance, layer by layer, where the sample covers the layer."""
+    assert problem.sample is not None
+    result = expert.copy()
+    for place, layer in enumerate(problem.layers):
+        if layer not in problem.sample.layers:
+            continue
+        chosen = problem.sample.incidence(problem.sample.layers.index(layer))
+        spread = Spread(features.of_layers(np.array([place])), seats, expert[place : place + 1])
+        reaches = [Reach(chosen, price, seats.rank_of, expert[place]) for price in problem.reach]
+        gathering = Gathering(spread, reaches)
+        gather(
+            gathering,
+            GATHER_KICKS if kicks is None else kicks,
+            generators[place],
+            clock.over,
+            GATHER_STARTS,
+        )
+        result[place] = spread.expert[0]
+    return result
+
+
+def rank_times(problem: ExpertProblem, expert: Ints) -> Floats:
+    """Return (scenarios, layers) the time each scenario's slowest ranks set, by the forms."""
+    share, active = loads_of(problem, expert)
+    return np.stack(
+        [
+            sum(form.times(share[number], active[number]).values(), np.zeros(len(expert)))
+            for number, form in enumerate(problem.forms)
+        ]
+    )
+
+
+def loads_of(problem: ExpertProblem, expert: Ints) -> tuple[Floats, Floats]:
+    """Return (scenarios, layers, ep) shares of routed tokens and expected active experts of every rank."""
+    index = np.arange(len(expert))[:, None]
+    copies = np.zeros((len(expert), problem.experts))
+    np.add.at(copies, (index, expert), 1.0)
+    per_copy = problem.loads / np.maximum(copies, 1.0)
+    first = problem.seats.first
+    filled = np.flatnonzero(np.diff(first))
+    result = []
+    for values in (
+        per_copy,
+        np.stack(
+            [active_probability(loads, tokens, problem.top_k) for loads, tokens in zip(per_copy, problem.tokens, strict=True)]
+        ),
+    ):  # fmt: skip
+        total = np.zeros((*values.shape[:2], problem.ep))
+        total[..., filled] = np.add.reduceat(values[:, index, expert], first[filled], axis=2)
+        result.append(total)
+    return result[0], result[1]
+
+
+def mean_reach(problem: ExpertProblem, expert: Ints) -> Floats:
+    """Return (prices, layers) the mean domains that a token of the sample reaches; 0 where the sample has no such layer."""
+    reached = np.zeros((len(problem.reach), len(problem.layers)))
+    if problem.sample is None:
+        return reached
+    rank_of = problem.seats.rank_of
+    for place, layer in enumerate(problem.layers):
+        if layer not in problem.sample.layers:
+            continue
+        hosted = np.zeros((problem.ep, problem.experts), dtype=np.int64)
+        np.add.at(hosted, (rank_of, expert[place]), 1)
+        for number, price in enumerate(problem.reach):
+            tokens = fan_out(problem.sample, problem.sample.layers.index(layer), hosted, price.domain_of)
+            reached[number, place] = tokens.mean()
+    return reached
+
+
+def blended(problem: ExpertProblem, times: Floats) -> Floats:
+    """Return (layers,) the objective of times (scenarios, layers): the weighted sum, and the worst as far as asked."""
+    total = problem.weights @ times
+    if problem.worst:
+        even = even_times(problem)
+        worst = (times / even[:, None]).max(axis=0) * float(problem.weights @ even)
+        total = (1 - problem.worst) * total + problem.worst * worst
+    return np.asarray(total)
+
+
+def even_times(problem: ExpertProblem) -> Floats:
+    """Return (scenarios,) what a layer takes at even load, the mean over layers: what makes scenarios comparable."""
+    return np.array([_bound_of(problem, number).mean() for number in range(len(problem.forms))])
+
+
+def layer_bounds(problem: ExpertProblem) -> Floats:
+    """Return (layers,) lower bounds on the objective: those of every scenario by itself, and one domain per token."""
+    times = np.stack([_bound_of(problem, number) for number in range(len(problem.forms))])
+    sampled = problem.sample.layers if problem.sample is not None else ()
+    covered = np.isin(problem.layers, sampled)
+    return blended(problem, times) + covered * sum(price.price for price in problem.reach)
+
+
+def _bound_of(problem: ExpertProblem, scenario: int) -> Floats:
+    task = replace(
+        problem.task,
+        loads=problem.loads[scenario : scenario + 1],
+        forms=problem.forms[scenario : scenario + 1],
+        weights=np.ones(1),
+        tokens=problem.tokens[scenario : scenario + 1],
+    )
+    return bounds.layer_bounds(task)
