@@ -340,6 +340,216 @@ def verify(
     return DONE
 
 
+# experts
+
+
+@app.command()
+def experts(
+    loads: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="LOADS...",
+            help="Expert loads or routing of tokens, one scenario each: SGLang's JSON or .pt, .npy, .npz, .csv, "
+            "a folder of TensorRT-LLM statistics.",
+            show_default=False,
+        ),
+    ],
+    gpus: Annotated[int, typer.Option(metavar="N", help="EP ranks.", show_default=False)],
+    slots: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Slots of a layer, copies with them; one per expert unless told."),
+    ] = None,
+    hosts: Annotated[
+        str, typer.Option(metavar="N|LIST", help="How many hosts, or their names: node[01-04].")
+    ] = "1",
+    uneven: Annotated[
+        bool, typer.Option("--uneven", help="Slots may differ between GPUs by one, where they do not divide.")
+    ] = False,
+    slots_per_gpu: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Slots of each GPU: 9x16,8x16.", show_default=False)
+    ] = None,
+    speeds: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Relative speed of each GPU: 1x16,0.6x16.", show_default=False),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="LIST", help="Weight of each scenario.", show_default=False)
+    ] = None,
+    worst: Annotated[
+        float, typer.Option(metavar="SHARE", help="0: weighted mean of the scenarios, 1: the worst one.")
+    ] = 0.0,
+    number_of_experts: Annotated[
+        int | None,
+        typer.Option(
+            "--experts", metavar="N", help="Experts of a layer, where no file says.", show_default=False
+        ),
+    ] = None,
+    sample: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Routing of single tokens, for fan-out.", show_default=False),
+    ] = None,
+    balance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Reach as few GPUs per token (hosts, on several) as this mean / max load lets.",
+            show_default=False,
+        ),
+    ] = None,
+    replicas_across: Annotated[
+        str, typer.Option(metavar="gpu|host", help="Where no two copies of an expert may share.")
+    ] = "gpu",
+    contiguous: Annotated[
+        bool, typer.Option("--contiguous", help="For a permutation: routing groups stay on blocks of slots.")
+    ] = False,
+    groups: Annotated[int, typer.Option(metavar="N", help="Routing groups (n_group) of the model.")] = 1,
+    from_map: Annotated[
+        str | None,
+        typer.Option(
+            "--from", metavar="MAP", help="The map that is running: re-plan from it.", show_default=False
+        ),
+    ] = None,
+    from_format: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Its format, where it cannot be told.", show_default=False),
+    ] = None,
+    move_price: Annotated[
+        float | None,
+        typer.Option(
+            metavar="PRICE", help="Even loads of a layer that one moved copy must win.", show_default=False
+        ),
+    ] = None,
+    move_cap: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Copies that may move, over all layers.", show_default=False),
+    ] = None,
+    inside_weight: Annotated[
+        float, typer.Option(metavar="W", help="What a move inside a host weighs beside one between hosts.")
+    ] = 1.0,
+    lost: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST", help="A host that is lost, or HOST:GPU; with --from.", show_default=False
+        ),
+    ] = None,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Slots of all layers together, shared out between them.", show_default=False
+        ),
+    ] = None,
+    simulate: Annotated[
+        str | None,
+        typer.Option(metavar="MAP", help="Score this map on LOADS and place nothing.", show_default=False),
+    ] = None,
+    output: OutputOption = None,
+    format_name: Annotated[
+        str | None,
+        typer.Option(
+            "--format",
+            metavar="NAME",
+            help="Of the map: `--format list` tells which there are.",
+            show_default=False,
+        ),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Stop after so many seconds.")] = 60.0,
+    workers: Annotated[int, typer.Option(metavar="N", help="Threads, 1 to 64.")] = 2,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same map.")] = 0,
+    as_json: JsonOption = False,
+    force: ForceOption = False,
+) -> int:
+    """Place experts alone, from load files: copies and slots for all scenarios at once, with a bound.
+
+    Writes the map in the form a framework reads. With --simulate, scores a map of any of these forms instead.
+    """
+    from placer.experts import Wishes, read_question
+
+    _check_numbers(time_limit, workers, seed)
+    if replicas_across not in ("gpu", "host"):
+        raise InputError(f"found {replicas_across[:40]!r}, expected gpu or host", key="--replicas-across")
+    asked = Wishes(
+        loads=tuple(loads), gpus=gpus, slots=slots, hosts=hosts, room=slots_per_gpu,
+        uneven=uneven or format_name == "omni", speeds=speeds, weights=weights, worst=worst,
+        experts=number_of_experts, sample=sample, balance=balance, apart=replicas_across,
+        contiguous=contiguous or format_name == "permutation", groups=groups, before=from_map,
+        before_format=from_format, price=move_price, cap=move_cap, links=(inside_weight, 1.0),
+        lost=tuple(lost or ()), budget=budget, time_limit=time_limit, workers=workers, seed=seed,
+        simulating=simulate is not None,
+    )  # fmt: skip
+    if simulate is not None:
+        return _simulate(asked, simulate, format_name, as_json)
+    written_as = _map_format(output, format_name)
+    _check_new_file(output, _map_endings(written_as), force=force)
+    from placer.experts import answer
+
+    question = read_question(asked)
+    found = answer(question)
+    if output is not None:
+        _write_map(output, found.map, written_as, groups)
+    if as_json:
+        _print(json.dumps(found.as_json(), indent=1))
+        return DONE
+    from placer.report.experts import placed_report
+
+    several = len(set(question.names)) > 1
+    _show(
+        placed_report(
+            found.objective, found.bound, found.gap, found.proven, found.score,
+            cut_by="the time limit" if found.cut_short else None,
+            moved=None if found.moved is None else (found.moved.inside, found.moved.between),
+            moves=[(point.moved, point.objective) for point in found.moves],
+            reach=found.reach, reach_of="hosts" if several else "GPUs", notes=found.notes,
+        )
+    )  # fmt: skip
+    return DONE
+
+
+def _simulate(asked: Any, path: str, format_name: str | None, as_json: bool) -> int:
+    from placer.cost.expert_score import as_json as score_json
+    from placer.experts import read_question, simulate
+    from placer.report.experts import simulation_report
+
+    score = simulate(read_question(asked), path, format_name)
+    if as_json:
+        _print(json.dumps(score_json(score), indent=1))
+    else:
+        _show(simulation_report(score, title=Path(path).name))
+    return DONE
+
+
+#: What a map is written as where only the ending of its file is known.
+_FORMAT_OF_ENDING = {
+    ".json": "sglang",
+    ".yaml": "tensorrt-llm",
+    ".yml": "tensorrt-llm",
+    ".npy": "omni",
+    ".npz": "vllm-arrays",
+}
+
+
+def _map_format(output: Path | None, name: str | None) -> str:
+    from placer.expert_maps.registry import format_named
+
+    if name is not None:
+        return format_named(name).name
+    return _FORMAT_OF_ENDING.get(output.suffix.lower(), "sglang") if output is not None else "sglang"
+
+
+def _map_endings(name: str) -> tuple[str, ...]:
+    """Return the endings a map in a format may be written under."""
+    endings = {"tensorrt-llm": (".yaml", ".yml"), "omni": (".npy",), "vllm-arrays": (".npz",)}
+    return (".json", ".npz") if name == "permutation" else endings.get(name, (".json",))
+
+
+def _write_map(path: Path, found: Any, name: str, groups: int) -> None:
+    from placer.expert_maps.registry import render_expert_map
+    from placer.experts import file_of
+    from placer.placement import write_bytes
+
+    write_bytes(path, file_of(render_expert_map(found, name, groups=groups), path))
+    _talk(f"written to `{path}` as {name}")
+
+
 # emit
 
 

@@ -294,7 +294,12 @@ def dump_json(data: Any) -> str:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file through a temporary one beside it, so that a killed run leaves the old file or the new one.
+    """Write a text file as `write_bytes` does, in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write a file through a temporary one beside it, so that a killed run leaves the old file or the new one.
 
     Raises ExportError when the folder cannot be written.
     """
@@ -306,8 +311,8 @@ def write_text(path: str | Path, text: str) -> None:
     except (OSError, ValueError) as error:
         raise ExportError(f"{path}: cannot be written: {_reason(error)}") from None
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         umask = os.umask(0)

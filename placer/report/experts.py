@@ -42,6 +42,56 @@ def simulation_report(score: MapScore, *, title: str = "expert map", most: int =
     return Group(*parts)
 
 
+def placed_report(
+    objective: float,
+    bound: float,
+    gap: float,
+    proven: int,
+    score: MapScore,
+    *,
+    cut_by: str | None = None,
+    moved: tuple[int, int] | None = None,
+    moves: Sequence[tuple[int, float]] = (),
+    reach: Sequence[tuple[float, float]] = (),
+    reach_of: str = "GPUs",
+    notes: Sequence[str] = (),
+) -> RenderableType:
+    """Return the score of a map just made, with its proof and what else there was to choose.
+
+    `objective` and `bound` are in even loads, means over the layers; `proven` is how many layers are within 0.1 % of
+    their bound. `moved` are copies moved inside hosts and between them, `moves` (moved copies, objective) and `reach`
+    (balance, reached) the trade-offs. `cut_by` says what ended the search early.
+    """
+    layers = len(score.layers)
+    parts: list[RenderableType] = [
+        simulation_report(score, title="expert map found"),
+        Text(),
+        line(
+            ("objective ", "bold"),
+            f"{objective:.4f} even loads, bound {bound:.4f}, gap {percent(gap)}; "
+            f"{proven} of {count(layers, 'layer')} proven within 0.1 %",
+        ),
+    ]
+    if cut_by is not None:
+        parts.append(line((f"the search was ended by {cut_by}: more time may find better", "yellow")))
+    if moved is not None:
+        parts.append(
+            line(f"moved: {count(moved[0], 'copy', 'copies')} inside hosts, {moved[1]:,} between hosts")
+        )
+    if len(moves) > 1:
+        trade = table(*_right("copies moved", "objective"))
+        for amount, value in moves:
+            add_row(trade, f"{amount:,}", f"{value / layers:.4f}")
+        parts += [Text(), titled("what moves would buy", trade)]
+    if len(reach) > 1:
+        trade = table(*_right("balance", f"{reach_of} per token"))
+        for balance, reached in reach:
+            add_row(trade, f"{balance:.3f}", f"{reached:.3f}")
+        parts += [Text(), titled("what balance would buy", trade)]
+    parts += [line((f"note: {note}", "dim")) for note in notes]
+    return Group(*parts)
+
+
 def _heading(score: MapScore, title: str) -> Text:
     fewest, largest = int(score.slots.min()), int(score.slots.max())
     slots = count(fewest, "slot") if fewest == largest else f"{fewest:,} to {largest:,} slots"

@@ -26,7 +26,7 @@ from placer.solver.bound import Ideal, StrategyBound, groups_seated, ideal_for
 from placer.solver.clock import Clock
 from placer.solver.experts import bound as expert_bound
 from placer.solver.experts import model as expert_model
-from placer.solver.experts import swaps
+from placer.solver.experts import placing, swaps
 from placer.solver.ranks_model import solve_counts
 from placer.solver.refusals import Refusals, nothing_to_try
 from placer.solver.seating import Seater, Seating, expert_task
@@ -370,7 +370,10 @@ class Search:
                 if not self.problem.model.groups[group].moe:
                     continue
                 task = expert_task(self.problem, self.cost, plan.shape, layout, group, layers)
-                slots = np.stack([before[layer] for layer in layers]) if before else swaps.start(task)
+                if before:
+                    slots = np.stack([before[layer] for layer in layers])
+                else:
+                    slots = placing.place_task(task, layers, self.clock, seed=self.seed, kicks=0)
                 slots = swaps.improve(task, slots, self.clock, rounds, keep)
                 if polish_rounds:
                     bounds = expert_bound.layer_bounds(task)

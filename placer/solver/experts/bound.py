@@ -50,7 +50,7 @@ def hottest_together(loads: Floats, slots_per_rank: int, ep: int) -> Floats:
     """
     ordered = np.sort(loads, axis=1)
     running = np.concatenate([np.zeros((len(loads), 1)), ordered.cumsum(axis=1)], axis=1)
-    others, experts = slots_per_rank - 1, loads.shape[1]
+    others, experts = max(0, slots_per_rank - 1), loads.shape[1]
     best = ordered[:, -1] + running[:, others]
     for h in range(2, min(ep, experts) + 1):
         if h * slots_per_rank > experts:

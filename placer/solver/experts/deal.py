@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from placer.solver.experts.spread import Features, Floats, Ints, Seats
@@ -20,6 +22,32 @@ def choose_copies(heat: Floats, slots: int, most: int) -> Ints:
     return copies
 
 
+def part_copies(wanted: Ints, sizes: Ints) -> Ints:
+    """Return (layers, experts) copies near those wanted that fill the slots and can be kept in different domains.
+
+    `sizes` (domains,) is the slots of each domain, none larger than the number of experts. Copies can be kept apart
+    where for every k the k largest numbers of copies sum to at most sum_d min(size_d, k) (Gale 1957, Ryser 1957). Such
+    numbers form a polymatroid: giving the next copy where most are wanted, of all that may get one, never leads astray.
+    """
+    experts = wanted.shape[1]
+    limit = np.minimum(sizes, np.arange(1, experts + 1)[:, None]).sum(axis=1)
+    taken = np.cumsum(-np.sort(-wanted, axis=1), axis=1)
+    amiss = np.flatnonzero((taken > limit).any(axis=1) | (taken[:, -1] != limit[-1]))
+    copies = np.ones((len(amiss), experts), dtype=np.int64)
+    rows = np.arange(len(amiss))
+    for _ in range(int(sizes.sum()) - experts if len(amiss) else 0):
+        # Where the k largest are as many as they may be, only one with fewer than each of them can get another.
+        ordered = -np.sort(-copies, axis=1)
+        full = np.cumsum(ordered, axis=1) >= limit
+        last = experts - 1 - full[:, ::-1].argmax(axis=1)
+        below = np.where(full.any(axis=1), ordered[rows, last], experts + sizes.sum())
+        want = np.where(copies < below[:, None], wanted[amiss] - copies, np.iinfo(np.int64).min)
+        copies[rows, want.argmax(axis=1)] += 1
+    result = wanted.copy()
+    result[amiss] = copies
+    return result
+
+
 def heat_of(features: Features) -> Floats:
     """Return (layers, experts) what decides about copies: the largest relative load of an expert over all features.
 
@@ -34,9 +62,11 @@ def heat_of(features: Features) -> Floats:
 def deal(features: Features, seats: Seats, copies: Ints) -> Ints:
     """Return (layers, slots) experts: heaviest copy first onto the rank where the squares of the loads grow least.
 
-    No domain gets two copies of one expert as long as there is any way to avoid it.
+    No domain gets two copies of one expert; where the copies asked for cannot be kept apart, some are of others.
     """
     layers, experts = copies.shape
+    sizes = np.bincount(seats.domain_of, weights=np.diff(seats.first), minlength=seats.domains)
+    copies = part_copies(copies, sizes.astype(np.int64))
     expert = np.stack([np.repeat(np.arange(experts), row) for row in copies])
     rows = np.arange(layers)
     value = features.per_copy(rows, expert, copies[rows[:, None], expert])
@@ -49,6 +79,31 @@ def deal(features: Features, seats: Seats, copies: Ints) -> Ints:
     for layer in np.flatnonzero(doubled).tolist():
         rank[layer] = _apart(seats, expert[layer], copies[layer])
     return np.take_along_axis(expert, np.argsort(rank, axis=1, kind="stable"), axis=1)
+
+
+def deal_groups(features: Features, seats: Seats, groups: int) -> Ints:
+    """Return (layers, slots) experts, one copy each, with every routing group on a block of consecutive slots.
+
+    Where ranks hold several groups, whole groups are dealt like experts; where groups span ranks, group after group
+    has its ranks and its experts are dealt among them.
+    """
+    layers, experts = features.loads.shape[1:]
+    size, room = experts // groups, int(np.diff(seats.first)[0])
+    if room >= size:
+        held = features.loads.reshape(features.count, layers, groups, size).sum(axis=3)
+        few = Seats(np.repeat(np.arange(seats.ep), room // size), np.arange(seats.ep))
+        order = deal(replace(features, loads=held), few, np.ones((layers, groups), dtype=np.int64))
+        return np.asarray((order[:, :, None] * size + np.arange(size)).reshape(layers, experts))
+    blocks = []
+    for group in range(groups):
+        part = replace(
+            features,
+            loads=features.loads[:, :, group * size : (group + 1) * size],
+            scale=features.scale[:, group * size // room : (group + 1) * size // room],
+        )
+        few = Seats(np.repeat(np.arange(size // room), room), np.arange(size // room))
+        blocks.append(deal(part, few, np.ones((layers, size), dtype=np.int64)) + group * size)
+    return np.concatenate(blocks, axis=1)
 
 
 def _lightest_ranks(features: Features, seats: Seats, expert: Ints, value: Floats) -> Ints:

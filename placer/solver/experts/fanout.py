@@ -139,6 +139,9 @@ class Gathering:
                 change += reach.changes()
             if self.spread.slots > self.spread.experts:
                 change[self.spread.doubles()] = np.inf
+            if self.spread.kinds is not None:
+                kind = self.spread.kinds[self.spread.expert[0]]
+                change[kind[:, None] != kind[None, :]] = np.inf
             first, second = divmod(int(change.argmin()), self.spread.slots)
             if change[first, second] > -floor:
                 return

@@ -19,7 +19,7 @@ from placer.errors import InputError
 from placer.solver.clock import Clock
 from placer.solver.experts import bound as bounds
 from placer.solver.experts import swaps
-from placer.solver.experts.deal import choose_copies, deal, heat_of
+from placer.solver.experts.deal import choose_copies, deal, deal_groups, heat_of
 from placer.solver.experts.fanout import Gathering, Reach, ReachPrice, gather
 from placer.solver.experts.spread import Features, Floats, Ints, Seats, Spread, search
 from placer.solver.experts.task import ExpertTask
@@ -30,7 +30,9 @@ BETAS = (4.0, 12.0, 30.0, 90.0)
 #: A share of the objective looks at all ranks, not only at those near the top: it helps on workloads not seen.
 EVEN_BETA, EVEN_WEIGHT = 12.0, 0.5
 #: Kicks of the search, and those with fan-out.
-KICKS, GATHER_KICKS, GATHER_STARTS = 24, 30, 4
+KICKS, GATHER_KICKS, GATHER_STARTS = 40, 30, 4
+#: The most rounds of swaps in one descent.
+LONGEST_DESCENT, SHORT_DESCENT = 100, 10
 #: Swaps under the exact maximum after the smooth one, for a single scenario.
 EXACT_ROUNDS = 400
 
@@ -92,11 +94,33 @@ class ExpertProblem:
             int(self.room.max()), None if even else self.room,
         )  # fmt: skip
 
+    @property
+    def kinds(self) -> Ints | None:
+        """(experts,) the routing group of every expert where only experts of one group may change places."""
+        if not self.contiguous or self.groups == 1:
+            return None
+        return np.arange(self.experts) // (self.experts // self.groups)
+
     def of_layers(self, layers: Ints) -> ExpertProblem:
         """Return the problem of some of the layers, by their places."""
         return replace(
             self, layers=tuple(self.layers[place] for place in layers), loads=self.loads[:, layers]
         )
+
+
+def of_task(task: ExpertTask, layers: Sequence[int]) -> ExpertProblem:
+    """Return a stage's task as a problem of its own; `layers` are the numbers of its layers."""
+    room = np.full(task.ep, task.slots_per_rank) if task.room is None else task.room
+    return ExpertProblem(
+        layers=tuple(layers), loads=task.loads, forms=task.forms, tokens=task.tokens, top_k=task.top_k,
+        weights=task.weights, room=room, host_of=np.zeros(task.ep, dtype=np.int64), apart_of=np.arange(task.ep),
+    )  # fmt: skip
+
+
+def place_task(task: ExpertTask, layers: Sequence[int], clock: Clock, *, seed: int, kicks: int) -> Ints:
+    """Return (layers, ep, slots per rank) a stage's experts, spread but not yet improved under the exact maximum."""
+    problem = of_task(task, layers)
+    return _place(problem, clock, seed, kicks).reshape(task.layers, task.ep, task.slots_per_rank)
 
 
 def relative_forms(speed: Floats) -> ExpertForms:
@@ -157,7 +181,7 @@ def place_experts(
     parts = np.array_split(np.arange(len(problem.layers)), max(1, min(2 * workers, len(problem.layers))))
 
     def place(part: Ints) -> Ints:
-        return _place(problem.of_layers(part), part, clock, seed, kicks)
+        return _place(problem.of_layers(part), clock, seed, kicks)
 
     with ThreadPoolExecutor(max_workers=workers) as pool:
         expert = np.concatenate(list(pool.map(place, [part for part in parts if len(part)])))
@@ -188,6 +212,12 @@ def check_room(problem: ExpertProblem) -> None:
     if problem.contiguous and problem.slots != problem.experts:
         raise InputError(
             f"{problem.slots} slots for {problem.experts} experts, expected one slot for each: a permutation has no copies"
+        )
+    size, room = problem.experts // problem.groups, int(problem.room.max())
+    if problem.contiguous and problem.groups > 1 and size % room and room % size:
+        raise InputError(
+            f"{room} slots on a rank and routing groups of {size} experts do not divide one another, "
+            "so that groups cannot stay on blocks of slots"
         )
 
 
@@ -242,39 +272,76 @@ def _relative(rate: Floats, total: float) -> tuple[Floats, float]:
     return rate / even, even
 
 
-def _place(problem: ExpertProblem, places: Ints, clock: Clock, seed: int, kicks: int | None) -> Ints:
-    """Return (layers, slots) experts of some layers; `places` are their places in the whole, for the seeds."""
+def _place(problem: ExpertProblem, clock: Clock, seed: int, kicks: int | None) -> Ints:
+    """Return (layers, slots) experts of some layers, from nothing."""
+    seats = problem.seats
+    return improved(problem, _first(problem, seats), clock, seed=seed, kicks=kicks)
+
+
+def improved(
+    problem: ExpertProblem,
+    expert: Ints,
+    clock: Clock,
+    *,
+    seed: int,
+    kicks: int | None = None,
+    prices: Floats | None = None,
+    betas: Sequence[float] = BETAS,
+) -> Ints:
+    """Return slots (layers, slots) improved from where they are; `prices` (layers, ep, experts) as `Spread` has them."""
     seats, every = problem.seats, np.arange(len(problem.layers))
-    generators = [
-        np.random.default_rng([seed, problem.layers[place]]) for place in range(len(problem.layers))
-    ]
-    expert = _first(problem, seats)
+    generators = [np.random.default_rng([seed, layer]) for layer in problem.layers]
     spread = None
-    for number, beta in enumerate(BETAS):
-        last = number == len(BETAS) - 1
-        spread = Spread(features_of(problem, beta, even=last and len(problem.forms) > 1), seats, expert)
-        spread.descend(every, 100)
+    for number, beta in enumerate(betas):
+        last = number == len(betas) - 1
+        features = features_of(problem, beta, even=last and len(problem.forms) > 1)
+        spread = Spread(features, seats, expert, prices, problem.kinds)
+        spread.descend(every, LONGEST_DESCENT)
         expert = spread.kept()
     assert spread is not None
     search(spread, KICKS if kicks is None else kicks, generators, clock.over)
     expert = spread.kept()
-    if len(problem.forms) == 1:
+    if len(problem.forms) == 1 and prices is None:
         expert = _exact(problem, expert, clock)
     if problem.sample is not None and problem.reach:
-        expert = _gathered(problem, spread.features, seats, expert, generators, clock, kicks)
+        expert = _gathered(problem, spread, expert, generators, clock, kicks)
     return expert
 
 
 def _first(problem: ExpertProblem, seats: Seats) -> Ints:
+    """Return (layers, slots) a quick placement: copies to hot experts, heaviest first to the lightest rank.
+
+    Where the bytes of active experts set the time, copies that balance does not need cost time to read, and go to the
+    experts least likely to be active: several shares of such copies are dealt, and each layer keeps the best.
+    """
     features = features_of(problem, BETAS[0], even=False)
-    copies = choose_copies(heat_of(features), problem.slots, seats.domains)
-    return deal(features, seats, copies)
+    if problem.contiguous and problem.groups > 1:
+        return deal_groups(features, seats, problem.groups)
+    redundant = problem.slots - problem.experts
+    if redundant == 0 or not features.tokens.any():
+        return deal(features, seats, choose_copies(heat_of(features), problem.slots, seats.domains))
+    best: Ints | None = None
+    value = np.full(len(problem.layers), np.inf)
+    for hot in sorted({redundant * part // 4 for part in range(5)}, reverse=True):
+        copies = np.minimum(swaps.choose_copies(problem.task, hot), seats.domains)
+        if (copies.sum(axis=1) < problem.slots).any():
+            continue
+        expert = deal(features, seats, copies)
+        spread = Spread(features_of(problem, BETAS[1], even=False), seats, expert)
+        spread.descend(np.arange(len(expert)), SHORT_DESCENT)
+        now = blended(problem, rank_times(problem, spread.expert))
+        better = now < value
+        best = spread.kept() if best is None else np.where(better[:, None], spread.expert, best)
+        value = np.minimum(value, now)
+    if best is None:
+        return deal(features, seats, choose_copies(heat_of(features), problem.slots, seats.domains))
+    return best
 
 
 def _exact(problem: ExpertProblem, expert: Ints, clock: Clock) -> Ints:
     """Return slots improved under the exact maximum, where the ranks are alike in room and copies need no more room."""
     task = problem.task
-    if task.room is not None or len(np.unique(problem.apart_of)) < problem.ep:
+    if task.room is not None or len(np.unique(problem.apart_of)) < problem.ep or problem.kinds is not None:
         return expert
     slots = expert.reshape(len(expert), problem.ep, -1)
     return swaps.improve(task, slots, clock, EXACT_ROUNDS).reshape(len(expert), -1)
@@ -282,8 +349,7 @@ def _exact(problem: ExpertProblem, expert: Ints, clock: Clock) -> Ints:
 
 def _gathered(
     problem: ExpertProblem,
-    features: Features,
-    seats: Seats,
+    whole: Spread,
     expert: Ints,
     generators: Sequence[np.random.Generator],
     clock: Clock,
@@ -291,21 +357,17 @@ def _gathered(
 ) -> Ints:
     """Return slots with fan-out weighed against balance, layer by layer, where the sample covers the layer."""
     assert problem.sample is not None
-    result = expert.copy()
+    result, tries = expert.copy(), GATHER_KICKS if kicks is None else kicks
     for place, layer in enumerate(problem.layers):
         if layer not in problem.sample.layers:
             continue
         chosen = problem.sample.incidence(problem.sample.layers.index(layer))
-        spread = Spread(features.of_layers(np.array([place])), seats, expert[place : place + 1])
-        reaches = [Reach(chosen, price, seats.rank_of, expert[place]) for price in problem.reach]
-        gathering = Gathering(spread, reaches)
-        gather(
-            gathering,
-            GATHER_KICKS if kicks is None else kicks,
-            generators[place],
-            clock.over,
-            GATHER_STARTS,
-        )
+        only = np.array([place])
+        prices = None if whole.prices is None else whole.prices[only]
+        spread = Spread(whole.features.of_layers(only), whole.seats, expert[only], prices, whole.kinds)
+        reaches = [Reach(chosen, price, whole.seats.rank_of, expert[place]) for price in problem.reach]
+        starts = GATHER_STARTS if prices is None else 1
+        gather(Gathering(spread, reaches), tries, generators[place], clock.over, starts)
         result[place] = spread.expert[0]
     return result
 

@@ -111,11 +111,19 @@ class Spread:
     """Slots of several layers with like seats, and their rank loads, kept up to date through swaps.
 
     `expert` is (layers, slots). `prices` (layers, ep, experts), where given, is what it adds to the objective that a
-    rank holds an expert: the price of moving it there.
+    rank holds an expert: the price of moving it there. `kinds` (experts,), where given: only experts of one kind may
+    change places.
     """
 
-    def __init__(self, features: Features, seats: Seats, expert: Ints, prices: Floats | None = None) -> None:
-        self.features, self.seats, self.prices = features, seats, prices
+    def __init__(
+        self,
+        features: Features,
+        seats: Seats,
+        expert: Ints,
+        prices: Floats | None = None,
+        kinds: Ints | None = None,
+    ) -> None:
+        self.features, self.seats, self.prices, self.kinds = features, seats, prices, kinds
         self.expert = expert.copy()
         self.layers, self.slots = expert.shape
         self.experts = features.loads.shape[2]
@@ -227,6 +235,9 @@ class Spread:
         change -= held[:, None, :]
         if self.prices is not None:
             self._add_prices(change, layers, rows, self.seats.rank_of[rows])
+        if self.kinds is not None:
+            kind = self.kinds[self.expert[layers]]
+            change[kind[:, :, None] != kind[:, None, :]] = 0.0
         change[:, self.seats.rank_of[:, None] == self.seats.rank_of[None, :]] = 0.0
         return change
 
@@ -252,6 +263,9 @@ class Spread:
             self._add_prices(change, layers, rows, row_rank)
         if self.slots > self.experts:
             self._forbid_doubles(change, layers, rows, row_rank)
+        if self.kinds is not None:
+            kind = self.kinds[self.expert[layers]]
+            change[kind[index, rows][:, :, None] != kind[:, None, :]] = 0.0
         change[row_rank[:, :, None] == rank_of[None, None, :]] = 0.0
         if not self.seat_exists.all():
             change[~self.seat_exists[hot].reshape(count, -1)] = 0.0
@@ -323,11 +337,14 @@ class Spread:
         return changed
 
     def may_swap(self, layers: Ints, first: Ints, second: Ints) -> NDArray[np.bool_]:
-        """Return whether swapping two slots of each layer keeps copies of an expert in different domains."""
+        """Return whether swapping two slots of each layer keeps copies in different domains, and kinds in their places."""
         domains = self.seat_domain[first], self.seat_domain[second]
         comes = self.present[layers, domains[0], self.expert[layers, second]] > 0
         goes = self.present[layers, domains[1], self.expert[layers, first]] > 0
-        return np.asarray((domains[0] == domains[1]) | ~(comes | goes))
+        fine = (domains[0] == domains[1]) | ~(comes | goes)
+        if self.kinds is not None:
+            fine &= self.kinds[self.expert[layers, first]] == self.kinds[self.expert[layers, second]]
+        return np.asarray(fine)
 
     def swap(self, layers: Ints, first: Ints, second: Ints) -> None:
         """Swap the experts of two slots, one pair on each of `layers` (all different)."""

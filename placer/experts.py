@@ -1,0 +1,519 @@
+"""From load files to an expert map: what `placer experts` does, as functions of their own.
+
+`read_question` turns what a person states into an `ExpertProblem`, `answer` places the experts, `simulate` scores a map.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.cost.expert_score import MapScore, align, as_json, score_map
+from placer.errors import InputError, nearest
+from placer.expert_maps.base import ExpertMap
+from placer.expert_maps.registry import format_named, read_expert_map
+from placer.importers.routing import Routing, as_scenarios, read_routing_sample, read_routings
+from placer.solver.clock import Clock
+from placer.solver.experts import budget as sharing
+from placer.solver.experts.fanout import ReachPrice
+from placer.solver.experts.floor import least_reach
+from placer.solver.experts.moves import LinkWeights, Point, held_by, replan
+from placer.solver.experts.placing import ExpertAnswer, ExpertProblem, place_experts, relative_forms
+from placer.spec.names import expand_hosts
+from placer.spec.routing import RoutingSample
+
+MAX_GPUS, MAX_SLOTS = 4096, 65536
+
+_PART = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:[x*]\s*([0-9]+))?\s*")
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person asks of `placer experts`, as it was typed.
+
+    `room` and `speeds` are lists such as `9x16,8x16`; `hosts` a number or a host list; `weights` one number per
+    scenario. `slots` counts a layer, `budget` all layers.
+    """
+
+    loads: tuple[str, ...]
+    gpus: int | None = None
+    slots: int | None = None
+    hosts: str = "1"
+    room: str | None = None
+    uneven: bool = False
+    speeds: str | None = None
+    weights: str | None = None
+    worst: float = 0.0
+    experts: int | None = None
+    sample: str | None = None
+    balance: float | None = None
+    apart: str = "gpu"
+    contiguous: bool = False
+    groups: int = 1
+    before: str | None = None
+    before_format: str | None = None
+    price: float | None = None
+    cap: int | None = None
+    links: tuple[float, float] = (1.0, 1.0)
+    lost: tuple[str, ...] = ()
+    budget: int | None = None
+    time_limit: float = 60.0
+    workers: int = 2
+    seed: int = 0
+    simulating: bool = False
+
+
+@dataclass(frozen=True)
+class Question:
+    """The wishes read and checked: the problem, the routings it came from, and what is on the GPUs now.
+
+    `ranks` are the EP ranks of the map before that are still there; `names` the host of every rank by name.
+    """
+
+    wishes: Wishes
+    problem: ExpertProblem
+    routings: tuple[Routing, ...]
+    before: ExpertMap | None
+    ranks: tuple[int, ...]
+    names: tuple[str, ...]
+    speeds: NDArray[np.float64]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """The map found, its score, and what is known about how good it is.
+
+    `objective` and `bound` are means over the layers, in even loads (1 is perfect balance). `proven` counts the layers
+    within 0.1 % of their bound. `curve` are the trade-offs that were looked at.
+    """
+
+    map: ExpertMap
+    score: MapScore
+    objective: float
+    bound: float
+    proven: int
+    moved: Point | None = None
+    moves: tuple[Point, ...] = ()
+    reach: tuple[tuple[float, float], ...] = ()
+    cut_short: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def gap(self) -> float:
+        """(objective - bound) / objective."""
+        return max(0.0, (self.objective - self.bound) / self.objective) if self.objective > 0 else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """Return everything, the map with it, as plain types."""
+        return {
+            "objective": self.objective,
+            "bound": self.bound,
+            "gap": self.gap,
+            "layers_within_0.1_percent": self.proven,
+            "cut_short": self.cut_short,
+            "moves": None if self.moved is None else _point(self.moved),
+            "moves_curve": [_point(point) for point in self.moves],
+            "reach_curve": [{"balance": balance, "reach": reach} for balance, reach in self.reach],
+            "notes": list(self.notes),
+            "score": as_json(self.score),
+            "experts": {
+                str(layer): [[int(item) for item in row if item >= 0] for row in rows]
+                for layer, rows in sorted(self.map.layers.items())
+            },
+        }
+
+
+def _point(point: Point) -> dict[str, float]:
+    return {
+        "moved": point.moved,
+        "inside_hosts": point.inside,
+        "between_hosts": point.between,
+        "objective": point.objective,
+    }
+
+
+def read_question(wishes: Wishes) -> Question:
+    """Return the wishes read and checked. Raises InputError for whatever cannot be used."""
+    routings = _routings(wishes)
+    loads = as_scenarios(routings)
+    layers = tuple(int(layer) for layer in np.flatnonzero(loads[0].sum(axis=1) > 0))
+    gpus = _gpus(wishes)
+    names, host_of = _hosts(wishes, gpus)
+    lost = _lost(wishes, names)
+    before = _before(wishes, gpus, loads)
+    ranks = tuple(rank for rank in range(gpus) if rank not in lost)
+    if not ranks:
+        raise InputError("every GPU is lost", key="--lost")
+    speeds = _list(wishes.speeds, gpus, "--speeds")[list(ranks)] if wishes.speeds else np.ones(len(ranks))
+    room = _room(wishes, ranks, before, gpus, loads.shape[2])
+    kept = host_of[list(ranks)]
+    shares = loads[:, list(layers)]
+    problem = ExpertProblem(
+        layers=layers,
+        loads=shares / shares.sum(axis=2, keepdims=True),
+        forms=(relative_forms(speeds),) * len(routings),
+        tokens=(1.0,) * len(routings),
+        top_k=1,
+        weights=_weights(wishes, routings),
+        room=room,
+        host_of=kept,
+        apart_of=np.unique(kept, return_inverse=True)[1] if wishes.apart == "host" else np.arange(len(ranks)),
+        worst=_share(wishes.worst, "--worst"),
+        sample=_sample(wishes, routings, loads, layers),
+        contiguous=wishes.contiguous,
+        groups=_groups(wishes, loads.shape[2]),
+    )
+    notes = tuple(dict.fromkeys(note for routing in routings for note in routing.notes))
+    return Question(
+        wishes, problem, tuple(routings), before, ranks, tuple(names[rank] for rank in ranks), speeds, notes
+    )
+
+
+def _routings(wishes: Wishes) -> list[Routing]:
+    if not wishes.loads:
+        raise InputError("expected at least one file of expert loads", key="LOADS")
+    routings = [item for path in wishes.loads for item in read_routings(path, experts=wishes.experts)]
+    names = [routing.name for routing in routings]
+    # Files of one name from different folders are told apart by their paths.
+    return [
+        replace(routing, name=routing.file) if names.count(routing.name) > 1 else routing
+        for routing in routings
+    ]
+
+
+def _gpus(wishes: Wishes) -> int:
+    if wishes.gpus is None:
+        raise InputError("is missing: how many GPUs (EP ranks) the experts are placed on", key="--gpus")
+    if not 1 <= wishes.gpus <= MAX_GPUS:
+        raise InputError(f"found {wishes.gpus}, expected 1 to {MAX_GPUS}", key="--gpus")
+    return wishes.gpus
+
+
+def _hosts(wishes: Wishes, gpus: int) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the host name and the host number of every rank; hosts have equal shares of consecutive ranks."""
+    text = wishes.hosts.strip()
+    if text.isdigit():
+        count = int(text)
+        if not 1 <= count <= gpus:
+            raise InputError(f"found {count} hosts, expected 1 to {gpus}", key="--hosts")
+        hosts = [f"host{number:02d}" for number in range(count)]
+    else:
+        try:
+            hosts = expand_hosts(text)
+        except ValueError as error:
+            raise InputError(str(error), key="--hosts") from None
+    if gpus % len(hosts):
+        raise InputError(
+            f"{gpus} GPUs do not divide over {len(hosts)} hosts, expected a number of hosts that divides them",
+            key="--hosts",
+        )
+    host_of = np.arange(gpus) // (gpus // len(hosts))
+    return [hosts[number] for number in host_of], host_of
+
+
+def _lost(wishes: Wishes, names: Sequence[str]) -> set[int]:
+    """Return the ranks that are lost: whole hosts, or `host:gpu` with the place of the GPU on its host."""
+    lost: set[int] = set()
+    for stated in wishes.lost:
+        name, _, gpu = stated.partition(":")
+        try:
+            hosts = expand_hosts(name)
+        except ValueError as error:
+            raise InputError(str(error), key="--lost") from None
+        for host in hosts:
+            mine = [rank for rank, known in enumerate(names) if known == host]
+            if not mine:
+                raise InputError(
+                    f"names `{host}`, expected one of the hosts{nearest(host, set(names))}", key="--lost"
+                )
+            if gpu and not (gpu.isdigit() and int(gpu) < len(mine)):
+                raise InputError(
+                    f"found `{stated[:60]}`, expected a GPU from 0 to {len(mine) - 1}", key="--lost"
+                )
+            lost.update([mine[int(gpu)]] if gpu else mine)
+    if lost and wishes.before is None:
+        raise InputError("needs --from: the map that is running now", key="--lost")
+    return lost
+
+
+def _before(wishes: Wishes, gpus: int, loads: NDArray[np.float64]) -> ExpertMap | None:
+    if wishes.before is None:
+        for value, key in ((wishes.price, "--move-price"), (wishes.cap, "--move-cap")):
+            if value is not None:
+                raise InputError("needs --from: the map that is running now", key=key)
+        return None
+    return read_map(wishes.before, wishes.before_format, gpus, loads)
+
+
+def read_map(path: str, format: str | None, gpus: int, loads: NDArray[np.float64]) -> ExpertMap:
+    """Return the map in a file, its layers numbered as in `loads` (scenarios, layers, experts)."""
+    dense = tuple(int(layer) for layer in np.flatnonzero(loads[0].sum(axis=1) == 0))
+    read = read_expert_map(
+        path, ep=gpus, experts=loads.shape[2], format=format, dense_layers=dense, model_layers=loads.shape[1]
+    )
+    if any(layer in read.layers for layer in dense):
+        kept = {layer: rows for layer, rows in read.layers.items() if layer not in dense}
+        read = ExpertMap(kept, read.experts, read.model_layers, read.notes)
+    return align(read, loads[0])
+
+
+def _list(text: str, count: int, key: str) -> NDArray[np.float64]:
+    """Return (count,) the numbers of a list such as `9x16,8x16`."""
+    values: list[float] = []
+    for part in text.split(","):
+        match = _PART.fullmatch(part)
+        if match is None or int(match[2] or 1) > MAX_GPUS:
+            raise InputError(f"found {part[:40]!r}, expected numbers such as `9x16,8x16`", key=key)
+        values += [float(match[1])] * int(match[2] or 1)
+    if len(values) != count:
+        raise InputError(f"gives {len(values)} numbers, expected {count}, one for each GPU", key=key)
+    if min(values) <= 0:
+        raise InputError("found 0, expected numbers above 0", key=key)
+    return np.array(values)
+
+
+def _room(
+    wishes: Wishes, ranks: Sequence[int], before: ExpertMap | None, gpus: int, experts: int
+) -> NDArray[np.int64]:
+    """Return the slots of every rank: as stated, else as many as the map before has, else one for each expert."""
+    count = len(ranks)
+    if wishes.room is not None:
+        values = _list(wishes.room, gpus, "--slots-per-gpu")[list(ranks)]
+        if (values != np.floor(values)).any():
+            raise InputError("expected whole numbers", key="--slots-per-gpu")
+        return np.asarray(values.astype(np.int64))
+    slots = wishes.slots
+    if wishes.simulating or wishes.budget is not None:
+        # Only the ranks matter: the map, or the shares of the budget, say what slots they have.
+        return np.full(count, -(-experts // count), dtype=np.int64)
+    if slots is None and before is not None:
+        rows = before.layers[min(before.layers)]
+        held = (rows != -1).sum(axis=1)[list(ranks)].astype(np.int64)
+        if held.sum() < experts:
+            each = -(-experts // count)
+            raise InputError(
+                f"{count} GPUs with the slots they have now hold {int(held.sum())}, fewer than {experts} experts, "
+                f"expected --slots {each * count} or more, {each} on each GPU"
+            )
+        return np.asarray(held)
+    slots = experts if slots is None else slots
+    if not 1 <= slots <= MAX_SLOTS:
+        raise InputError(f"found {slots}, expected 1 to {MAX_SLOTS}", key="--slots")
+    if slots < experts:
+        raise InputError(
+            f"{slots} slots cannot hold {experts} experts, expected at least {-(-experts // count) * count}",
+            key="--slots",
+        )
+    if slots % count and not wishes.uneven:
+        low, high = slots // count * count, -(-slots // count) * count
+        choices = f"{low} or {high}" if low >= experts else f"{high}"
+        raise InputError(
+            f"{slots} slots do not divide over {count} GPUs, expected {choices}; where the framework takes unequal "
+            "slots, add --uneven",
+            key="--slots",
+        )
+    return np.asarray(np.full(count, slots // count) + (np.arange(count) < slots % count), dtype=np.int64)
+
+
+def _weights(wishes: Wishes, routings: Sequence[Routing]) -> NDArray[np.float64]:
+    if wishes.weights is None:
+        return np.full(len(routings), 1.0 / len(routings))
+    names = ", ".join(routing.name for routing in routings)
+    try:
+        values = _list(wishes.weights, len(routings), "--weights")
+    except InputError as error:
+        if "numbers, expected" in error.message:
+            raise InputError(
+                f"expected {len(routings)} numbers, one for each scenario: {names}", key="--weights"
+            ) from None
+        raise
+    return np.asarray(values / values.sum())
+
+
+def _share(value: float, key: str) -> float:
+    if not 0 <= value <= 1:
+        raise InputError(f"found {value:g}, expected 0 to 1", key=key)
+    return value
+
+
+def _groups(wishes: Wishes, experts: int) -> int:
+    if wishes.groups < 1 or experts % wishes.groups:
+        raise InputError(
+            f"found {wishes.groups}, expected a number that divides {experts} experts", key="--groups"
+        )
+    return wishes.groups
+
+
+def _sample(
+    wishes: Wishes, routings: Sequence[Routing], loads: NDArray[np.float64], layers: Sequence[int]
+) -> RoutingSample | None:
+    """Return the routing sample: the one named, else those of the load files together."""
+    experts = loads.shape[2]
+    if wishes.sample is not None:
+        sample = read_routing_sample(wishes.sample, experts=experts)
+        if len(sample.layers) == len(layers) and sample.layers != tuple(layers):
+            sample = replace(sample, layers=tuple(layers))
+        unknown = set(sample.layers) - set(layers)
+        if unknown:
+            raise InputError(f"samples layer {min(unknown)}, which has no expert loads", file=wishes.sample)
+        return sample
+    found = [routing.sample for routing in routings if routing.sample is not None]
+    if not found or wishes.balance is None:
+        return None
+    first = found[0]
+    alike = [item for item in found if item.layers == first.layers and item.top_k == first.top_k]
+    if len(alike) < len(found):
+        raise InputError("the load files sample different layers, expected one --sample")
+    shift = np.cumsum([0, *(int(item.prompt.max(initial=0)) + 1 for item in alike)])
+    return RoutingSample(
+        np.concatenate([item.chosen for item in alike]),
+        np.concatenate([item.prompt + shift[number] for number, item in enumerate(alike)]),
+        first.layers,
+        experts,
+    )
+
+
+def answer(question: Question) -> Placed:
+    """Return the map that is asked for. Raises InputError when the experts cannot be placed so."""
+    wishes, problem = question.wishes, question.problem
+    clock = Clock(wishes.time_limit)
+    if wishes.budget is not None:
+        return _shared(question, clock)
+    if question.before is not None:
+        held = held_by(question.before, problem.layers, question.ranks)
+        found = replan(
+            problem, held, price=wishes.price, cap=wishes.cap, links=LinkWeights(*wishes.links),
+            clock=clock, workers=wishes.workers, seed=wishes.seed,
+        )  # fmt: skip
+        return _placed(question, found.answer, clock, moved=found.chosen, moves=found.curve)
+    if wishes.balance is not None:
+        return _floored(question, clock)
+    return _placed(
+        question, place_experts(problem, clock=clock, workers=wishes.workers, seed=wishes.seed), clock
+    )
+
+
+def _floored(question: Question, clock: Clock) -> Placed:
+    wishes, problem = question.wishes, question.problem
+    if problem.sample is None:
+        raise InputError(
+            "needs tokens: no load file holds routing of single tokens, expected one, or --sample",
+            key="--balance",
+        )
+    assert wishes.balance is not None
+    level = np.arange(problem.ep) if len(np.unique(problem.host_of)) == 1 else problem.host_of
+    reach = (ReachPrice(np.unique(level, return_inverse=True)[1], 1.0),)
+    asked = replace(problem, reach=reach)
+    found = least_reach(
+        asked, _share(wishes.balance, "--balance"), clock=clock, workers=wishes.workers, seed=wishes.seed
+    )
+    return _placed(question, found.answer, clock, reach=found.curve)
+
+
+def _placed(
+    question: Question,
+    found: ExpertAnswer,
+    clock: Clock,
+    *,
+    moved: Point | None = None,
+    moves: tuple[Point, ...] = (),
+    reach: tuple[tuple[float, float], ...] = (),
+) -> Placed:
+    rows = {layer: found.rows(place) for place, layer in enumerate(found.problem.layers)}
+    # What was weighed against balance has no bound of its own: the proof is about balance.
+    only = replace(found.problem, reach=(), sample=None)
+    plain = found if not found.problem.reach else _again(only, found)
+    proven = int((plain.objective - plain.bound <= 1e-3 * plain.objective).sum())
+    return _finished(
+        question, rows, float(plain.objective.mean()), float(plain.bound.mean()), proven, clock,
+        moved=moved, moves=moves, reach=reach,
+    )  # fmt: skip
+
+
+def _again(problem: ExpertProblem, found: ExpertAnswer) -> ExpertAnswer:
+    from placer.solver.experts.placing import answer_of
+
+    return answer_of(problem, found.expert)
+
+
+def _shared(question: Question, clock: Clock) -> Placed:
+    wishes = question.wishes
+    assert wishes.budget is not None
+    found = sharing.share_slots(
+        question.problem, wishes.budget, clock=clock, workers=wishes.workers, seed=wishes.seed
+    )
+    rows = {layer: found.rows(place) for place, layer in enumerate(question.problem.layers)}
+    every = np.arange(len(found.pick))
+    objective = np.stack([each.objective for each in found.answers])[found.pick, every]
+    bound = np.stack([each.bound for each in found.answers])[found.pick, every]
+    proven = int((objective - bound <= 1e-3 * objective).sum())
+    widths, counts = np.unique(found.slots_per_rank, return_counts=True)
+    told = ", ".join(f"{count} with {width}" for width, count in zip(widths, counts, strict=True))
+    note = f"slots per GPU by layer: {told}; the bound is for this split of the slots"
+    return _finished(
+        question, rows, float(objective.mean()), float(bound.mean()), proven, clock, notes=(note,)
+    )
+
+
+def _finished(
+    question: Question,
+    rows: dict[int, NDArray[np.int64]],
+    objective: float,
+    bound: float,
+    proven: int,
+    clock: Clock,
+    *,
+    moved: Point | None = None,
+    moves: tuple[Point, ...] = (),
+    reach: tuple[tuple[float, float], ...] = (),
+    notes: tuple[str, ...] = (),
+) -> Placed:
+    problem = question.problem
+    model_layers = question.routings[0].loads.shape[0]
+    found = ExpertMap(rows, problem.experts, model_layers)
+    routings = _with_sample(question)
+    score = score_map(
+        found, routings, host_of=problem.host_of, weights=problem.weights,
+        speeds=None if (question.speeds == question.speeds[0]).all() else question.speeds,
+    )  # fmt: skip
+    cut = clock.cut_short or clock.interrupted
+    return Placed(found, score, objective, bound, proven, moved, moves, reach, cut, (*question.notes, *notes))
+
+
+def _with_sample(question: Question) -> list[Routing]:
+    """Return the routings, the sample named apart given to the first where it covers all layers."""
+    sample, problem = question.problem.sample, question.problem
+    if question.wishes.sample is None or sample is None or set(sample.layers) != set(problem.layers):
+        return list(question.routings)
+    first, *rest = question.routings
+    return [replace(first, sample=sample), *rest]
+
+
+def simulate(question: Question, path: str, format: str | None) -> MapScore:
+    """Return the score of the map in a file on the loads of the question."""
+    loads = as_scenarios(question.routings)
+    if format is not None:
+        format_named(format)
+    read = read_map(path, format, len(question.ranks), loads)
+    return score_map(
+        read, _with_sample(question), host_of=question.problem.host_of, weights=question.problem.weights,
+        speeds=None if (question.speeds == question.speeds[0]).all() else question.speeds,
+        before=question.before,
+    )  # fmt: skip
+
+
+def file_of(files: dict[str, bytes], path: Path) -> bytes:
+    """Return the one of the rendered `files` that belongs at `path`, by its ending. Raises InputError where none does."""
+    ending = path.suffix.lower().replace(".yml", ".yaml")
+    fitting = [content for name, content in files.items() if Path(name).suffix == ending]
+    if len(fitting) == 1:
+        return fitting[0]
+    endings = ", ".join(sorted({Path(name).suffix for name in files}))
+    raise InputError(f"found the ending `{path.suffix}`, expected {endings}", file=str(path), key="-o")

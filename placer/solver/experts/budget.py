@@ -1,0 +1,81 @@
+"""Redundant slots shared out between layers: more where they gain most, under one budget of memory for all.
+
+Every layer is placed with each number of slots per rank there may be; which layer gets which is a multiple-choice
+knapsack (`tradeoff`). Slots of every rank stay equal within a layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placer.errors import InputError
+from placer.solver.clock import Clock
+from placer.solver.experts.placing import ExpertAnswer, ExpertProblem, place_experts
+from placer.solver.experts.spread import Ints
+from placer.solver.experts.tradeoff import picks_on_the_way, within
+
+#: Slots per rank tried beyond what the mean of the budget gives a layer.
+BEYOND = 2
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The answers by slots per rank, and (layers,) which of them each layer takes."""
+
+    answers: tuple[ExpertAnswer, ...]
+    pick: Ints
+
+    @property
+    def slots_per_rank(self) -> Ints:
+        """(layers,) slots of every rank in each layer."""
+        widths = np.array([int(answer.problem.room[0]) for answer in self.answers])
+        return np.asarray(widths[self.pick])
+
+    @property
+    def objective(self) -> float:
+        """The objective summed over layers."""
+        return float(
+            np.stack([answer.objective for answer in self.answers])[
+                self.pick, np.arange(len(self.pick))
+            ].sum()
+        )
+
+    def rows(self, place: int) -> Ints:
+        """Return (ep, slots per rank) the experts of the layer at a place."""
+        answer = self.answers[int(self.pick[place])]
+        rows: Ints = answer.rows(place)
+        return rows
+
+
+def share_slots(
+    problem: ExpertProblem,
+    budget: int,
+    *,
+    clock: Clock,
+    workers: int = 2,
+    seed: int = 0,
+    kicks: int | None = None,
+) -> Shared:
+    """Return a placement whose slots over all layers are at most `budget`; `problem.room` gives the ranks alone.
+
+    Raises InputError when the budget does not hold every expert of every layer once.
+    """
+    ep, layers = problem.ep, len(problem.layers)
+    least = -(-problem.experts // ep)
+    if budget < least * ep * layers:
+        raise InputError(
+            f"a budget of {budget} slots is less than the {least * ep * layers} that hold {problem.experts} experts "
+            f"once in each of {layers} layers on {ep} ranks with equal slots"
+        )
+    most = min(problem.experts, budget // (ep * layers) + BEYOND)
+    answers = tuple(
+        place_experts(
+            replace(problem, room=np.full(ep, width)), clock=clock, workers=workers, seed=seed, kicks=kicks
+        )
+        for width in range(least, most + 1)
+    )
+    amount = np.repeat(np.arange(least, most + 1)[:, None] * ep, layers, axis=1)
+    objective = np.stack([answer.objective for answer in answers])
+    return Shared(answers, within(amount, picks_on_the_way(amount, objective), budget))
