@@ -438,6 +438,47 @@ def experts(
             metavar="N", help="Slots of all layers together, shared out between them.", show_default=False
         ),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Model card or config.json: weigh everything by modelled time.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE", help="Built-in type such as h100-80g; with --model.", show_default=False
+        ),
+    ] = None,
+    phases: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="prefill or decode, for all or each scenario; with --model.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens_per_gpu: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tokens of a step on a GPU, for all or each scenario; with --model.",
+            show_default=False,
+        ),
+    ] = None,
+    nic_bandwidth: Annotated[
+        str, typer.Option(metavar="BANDWIDTH", help="Of the NIC of one GPU; with --model.")
+    ] = "400 Gb/s",
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Steps until the next re-plan, which moves must pay off in; with --model and --from.",
+            show_default=False,
+        ),
+    ] = None,
     simulate: Annotated[
         str | None,
         typer.Option(metavar="MAP", help="Score this map on LOADS and place nothing.", show_default=False),
@@ -474,7 +515,8 @@ def experts(
         contiguous=contiguous or format_name == "permutation", groups=groups, before=from_map,
         before_format=from_format, price=move_price, cap=move_cap, links=(inside_weight, 1.0),
         lost=tuple(lost or ()), budget=budget, time_limit=time_limit, workers=workers, seed=seed,
-        simulating=simulate is not None,
+        simulating=simulate is not None, model=model, gpu_type=gpu_type, phases=phases,
+        tokens_per_gpu=tokens_per_gpu, nic_bandwidth=nic_bandwidth, steps=steps,
     )  # fmt: skip
     if simulate is not None:
         return _simulate(asked, simulate, format_name, as_json)
@@ -498,7 +540,7 @@ def experts(
             cut_by="the time limit" if found.cut_short else None,
             moved=None if found.moved is None else (found.moved.inside, found.moved.between),
             moves=[(point.moved, point.objective) for point in found.moves],
-            reach=found.reach, reach_of="hosts" if several else "GPUs", notes=found.notes,
+            reach=found.reach, reach_of="hosts" if several else "GPUs", unit=found.unit, notes=found.notes,
         )
     )  # fmt: skip
     return DONE

@@ -18,14 +18,24 @@ from placer.cost.expert_score import MapScore, align, as_json, score_map
 from placer.errors import InputError, nearest
 from placer.expert_maps.base import ExpertMap
 from placer.expert_maps.registry import format_named, read_expert_map
+from placer.importers.huggingface import import_model
 from placer.importers.routing import Routing, as_scenarios, read_routing_sample, read_routings
 from placer.solver.clock import Clock
 from placer.solver.experts import budget as sharing
 from placer.solver.experts.fanout import ReachPrice
 from placer.solver.experts.floor import least_reach
 from placer.solver.experts.moves import LinkWeights, Point, held_by, replan
-from placer.solver.experts.placing import ExpertAnswer, ExpertProblem, place_experts, relative_forms
+from placer.solver.experts.placing import (
+    ExpertAnswer,
+    ExpertProblem,
+    answer_of,
+    place_experts,
+    relative_forms,
+)
+from placer.solver.experts.pricing import ExpertStage, Setting, expert_bytes, move_seconds, reach_pricing
+from placer.spec.model import ModelCard, load_model
 from placer.spec.names import expand_hosts
+from placer.spec.reading import read_document
 from placer.spec.routing import RoutingSample
 
 MAX_GPUS, MAX_SLOTS = 4096, 65536
@@ -67,6 +77,12 @@ class Wishes:
     workers: int = 2
     seed: int = 0
     simulating: bool = False
+    model: str | None = None
+    gpu_type: str | None = None
+    phases: str | None = None
+    tokens_per_gpu: str | None = None
+    nic_bandwidth: str = "400 Gb/s"
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,14 +100,26 @@ class Question:
     names: tuple[str, ...]
     speeds: NDArray[np.float64]
     notes: tuple[str, ...]
+    stage: ExpertStage | None = None
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Bytes of a token in the exchange and of an expert, for a score, where the model is known."""
+        if self.stage is None:
+            return {}
+        dispatch, combine = (self.stage.cost.token_bytes(kind) for kind in ("dispatch", "combine"))
+        return {
+            "token_bytes": (dispatch, combine),
+            "expert_bytes": float(expert_bytes(self.stage.problem.model)),
+        }
 
 
 @dataclass(frozen=True)
 class Placed:
     """The map found, its score, and what is known about how good it is.
 
-    `objective` and `bound` are means over the layers, in even loads (1 is perfect balance). `proven` counts the layers
-    within 0.1 % of their bound. `curve` are the trade-offs that were looked at.
+    `objective` and `bound` are means over the layers, in `unit`: even loads (1 is perfect balance), or modelled
+    seconds. `proven` counts the layers within 0.1 % of their bound. `curve` are the trade-offs that were looked at.
     """
 
     map: ExpertMap
@@ -104,6 +132,7 @@ class Placed:
     reach: tuple[tuple[float, float], ...] = ()
     cut_short: bool = False
     notes: tuple[str, ...] = field(default=())
+    unit: str = "even loads"
 
     @property
     def gap(self) -> float:
@@ -113,6 +142,7 @@ class Placed:
     def as_json(self) -> dict[str, Any]:
         """Return everything, the map with it, as plain types."""
         return {
+            "unit": self.unit,
             "objective": self.objective,
             "bound": self.bound,
             "gap": self.gap,
@@ -171,9 +201,90 @@ def read_question(wishes: Wishes) -> Question:
         groups=_groups(wishes, loads.shape[2]),
     )
     notes = tuple(dict.fromkeys(note for routing in routings for note in routing.notes))
+    stage = _stage(wishes, kept, len(routings), problem.experts)
+    if stage is not None:
+        problem, said = _modelled(problem, stage)
+        notes = (*notes, *said)
     return Question(
-        wishes, problem, tuple(routings), before, ranks, tuple(names[rank] for rank in ranks), speeds, notes
+        wishes,
+        problem,
+        tuple(routings),
+        before,
+        ranks,
+        tuple(names[rank] for rank in ranks),
+        speeds,
+        notes,
+        stage,
     )
+
+
+def _stage(wishes: Wishes, host_of: NDArray[np.int64], scenarios: int, experts: int) -> ExpertStage | None:
+    """Return what the latency model is asked with, where a model card is named."""
+    if wishes.model is None:
+        for value, key in (
+            (wishes.gpu_type, "--gpu-type"), (wishes.phases, "--phases"), (wishes.tokens_per_gpu, "--tokens-per-gpu"),
+            (wishes.steps, "--steps"),
+        ):  # fmt: skip
+            if value is not None:
+                raise InputError("needs --model: the latency model prices a model's shapes", key=key)
+        return None
+    for value, key in ((wishes.gpu_type, "--gpu-type"), (wishes.tokens_per_gpu, "--tokens-per-gpu")):
+        if value is None:
+            raise InputError("is missing: the latency model needs it beside --model", key=key)
+    for number, key in (
+        (wishes.speeds, "--speeds"),
+        (wishes.balance, "--balance"),
+        (wishes.price, "--move-price"),
+    ):
+        if number is not None:
+            raise InputError(
+                "cannot stand beside --model, which prices the same thing by modelled time", key=key
+            )
+    model = _model(wishes.model)
+    if model.moe is not None and model.moe.experts != experts:
+        raise InputError(f"has {model.moe.experts} experts, but the loads have {experts}", file=wishes.model)
+    tokens = [
+        int(value) for value in _per_scenario(wishes.tokens_per_gpu or "", scenarios, "--tokens-per-gpu")
+    ]
+    phases = (wishes.phases or "prefill").split(",")
+    phases = phases * scenarios if len(phases) == 1 else phases
+    if len(phases) != scenarios or any(phase not in ("prefill", "decode") for phase in phases):
+        raise InputError(
+            f"found {wishes.phases or ''!r}, expected prefill or decode, for all or for each of {scenarios} scenarios",
+            key="--phases",
+        )
+    counts = tuple(int(count) for count in np.unique(host_of, return_counts=True)[1])
+    assert wishes.gpu_type is not None
+    return Setting(
+        model=model, gpu_type=wishes.gpu_type, hosts=len(counts), gpus=counts, phases=tuple(phases),  # type: ignore[arg-type]
+        tokens_per_gpu=tuple(tokens), nic_bandwidth=wishes.nic_bandwidth,
+    ).stage  # fmt: skip
+
+
+def _model(path: str) -> ModelCard:
+    """Return a model card, or a Hugging Face config as one."""
+    document = read_document(path)
+    data = document.data
+    if isinstance(data, dict) and "groups" not in data and Path(path).suffix == ".json":
+        return import_model(path)
+    return load_model(document)
+
+
+def _per_scenario(text: str, count: int, key: str) -> NDArray[np.float64]:
+    """Return (count,) numbers of a list, a single one standing for all."""
+    return _list(text if "," in text or "x" in text else f"{text}x{count}", count, key)
+
+
+def _modelled(problem: ExpertProblem, stage: ExpertStage) -> tuple[ExpertProblem, tuple[str, ...]]:
+    """Return the problem priced by the latency model, and what is to be told of it."""
+    priced = replace(problem, forms=stage.forms, tokens=stage.tokens, top_k=stage.moe.top_k)
+    if problem.sample is None:
+        return priced, ("no routing of single tokens: the exchange is modelled for even routing",)
+    pricing = reach_pricing(stage)
+    reach = tuple(price for price in pricing.reach if price.price > 0)
+    if not reach:
+        return replace(priced, sample=None), tuple(pricing.notes)
+    return replace(priced, forms=pricing.forms, reach=reach), tuple(pricing.notes)
 
 
 def _routings(wishes: Wishes) -> list[Routing]:
@@ -245,7 +356,11 @@ def _lost(wishes: Wishes, names: Sequence[str]) -> set[int]:
 
 def _before(wishes: Wishes, gpus: int, loads: NDArray[np.float64]) -> ExpertMap | None:
     if wishes.before is None:
-        for value, key in ((wishes.price, "--move-price"), (wishes.cap, "--move-cap")):
+        for value, key in (
+            (wishes.price, "--move-price"),
+            (wishes.cap, "--move-cap"),
+            (wishes.steps, "--steps"),
+        ):
             if value is not None:
                 raise InputError("needs --from: the map that is running now", key=key)
         return None
@@ -365,7 +480,7 @@ def _sample(
             raise InputError(f"samples layer {min(unknown)}, which has no expert loads", file=wishes.sample)
         return sample
     found = [routing.sample for routing in routings if routing.sample is not None]
-    if not found or wishes.balance is None:
+    if not found or (wishes.balance is None and wishes.model is None):
         return None
     first = found[0]
     alike = [item for item in found if item.layers == first.layers and item.top_k == first.top_k]
@@ -388,8 +503,13 @@ def answer(question: Question) -> Placed:
         return _shared(question, clock)
     if question.before is not None:
         held = held_by(question.before, problem.layers, question.ranks)
+        price, links = wishes.price, LinkWeights(*wishes.links)
+        if question.stage is not None:
+            inside, between = move_seconds(question.stage)
+            links = LinkWeights(inside / between, 1.0)
+            price = between / wishes.steps if wishes.steps else None
         found = replan(
-            problem, held, price=wishes.price, cap=wishes.cap, links=LinkWeights(*wishes.links),
+            problem, held, price=price, cap=wishes.cap, links=links,
             clock=clock, workers=wishes.workers, seed=wishes.seed,
         )  # fmt: skip
         return _placed(question, found.answer, clock, moved=found.chosen, moves=found.curve)
@@ -428,19 +548,14 @@ def _placed(
 ) -> Placed:
     rows = {layer: found.rows(place) for place, layer in enumerate(found.problem.layers)}
     # What was weighed against balance has no bound of its own: the proof is about balance.
-    only = replace(found.problem, reach=(), sample=None)
-    plain = found if not found.problem.reach else _again(only, found)
+    plain = found
+    if found.problem.reach and question.stage is None:
+        plain = answer_of(replace(found.problem, reach=(), sample=None), found.expert)
     proven = int((plain.objective - plain.bound <= 1e-3 * plain.objective).sum())
     return _finished(
         question, rows, float(plain.objective.mean()), float(plain.bound.mean()), proven, clock,
         moved=moved, moves=moves, reach=reach,
     )  # fmt: skip
-
-
-def _again(problem: ExpertProblem, found: ExpertAnswer) -> ExpertAnswer:
-    from placer.solver.experts.placing import answer_of
-
-    return answer_of(problem, found.expert)
 
 
 def _shared(question: Question, clock: Clock) -> Placed:
@@ -482,9 +597,12 @@ def _finished(
     score = score_map(
         found, routings, host_of=problem.host_of, weights=problem.weights,
         speeds=None if (question.speeds == question.speeds[0]).all() else question.speeds,
+        **question.sizes,
     )  # fmt: skip
     cut = clock.cut_short or clock.interrupted
-    return Placed(found, score, objective, bound, proven, moved, moves, reach, cut, (*question.notes, *notes))
+    unit = "even loads" if question.stage is None else "s"
+    said = (*question.notes, *notes)
+    return Placed(found, score, objective, bound, proven, moved, moves, reach, cut, said, unit)
 
 
 def _with_sample(question: Question) -> list[Routing]:
@@ -505,7 +623,7 @@ def simulate(question: Question, path: str, format: str | None) -> MapScore:
     return score_map(
         read, _with_sample(question), host_of=question.problem.host_of, weights=question.problem.weights,
         speeds=None if (question.speeds == question.speeds[0]).all() else question.speeds,
-        before=question.before,
+        before=question.before, **question.sizes,
     )  # fmt: skip
 
 

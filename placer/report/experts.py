@@ -12,7 +12,7 @@ from rich.text import Text
 
 from placer.cost.expert_score import Links, MapScore, Moves
 from placer.report.tables import add_row, count, fold_numbers, line, percent, table, titled
-from placer.spec.units import format_bytes
+from placer.spec.units import format_bytes, format_time
 
 _MODES = {"ht": "high throughput", "ll": "low latency"}
 
@@ -54,11 +54,12 @@ def placed_report(
     moves: Sequence[tuple[int, float]] = (),
     reach: Sequence[tuple[float, float]] = (),
     reach_of: str = "GPUs",
+    unit: str = "even loads",
     notes: Sequence[str] = (),
 ) -> RenderableType:
     """Return the score of a map just made, with its proof and what else there was to choose.
 
-    `objective` and `bound` are in even loads, means over the layers; `proven` is how many layers are within 0.1 % of
+    `objective` and `bound` are in `unit` (even loads, or modelled seconds), means over the layers; `proven` is how many layers are within 0.1 % of
     their bound. `moved` are copies moved inside hosts and between them, `moves` (moved copies, objective) and `reach`
     (balance, reached) the trade-offs. `cut_by` says what ended the search early.
     """
@@ -68,7 +69,7 @@ def placed_report(
         Text(),
         line(
             ("objective ", "bold"),
-            f"{objective:.4f} even loads, bound {bound:.4f}, gap {percent(gap)}; "
+            f"{_figure(objective, unit)}, bound {_figure(bound, unit)}, gap {percent(gap)}; "
             f"{proven} of {count(layers, 'layer')} proven within 0.1 %",
         ),
     ]
@@ -81,15 +82,20 @@ def placed_report(
     if len(moves) > 1:
         trade = table(*_right("copies moved", "objective"))
         for amount, value in moves:
-            add_row(trade, f"{amount:,}", f"{value / layers:.4f}")
+            add_row(trade, (f"{amount:,}", _figure(value / layers, unit)))
         parts += [Text(), titled("what moves would buy", trade)]
     if len(reach) > 1:
         trade = table(*_right("balance", f"{reach_of} per token"))
         for balance, reached in reach:
-            add_row(trade, f"{balance:.3f}", f"{reached:.3f}")
+            add_row(trade, (f"{balance:.3f}", f"{reached:.3f}"))
         parts += [Text(), titled("what balance would buy", trade)]
     parts += [line((f"note: {note}", "dim")) for note in notes]
     return Group(*parts)
+
+
+def _figure(value: float, unit: str) -> str:
+    """Return an objective for a person: in even loads, or modelled time of a layer."""
+    return f"{value:.4f} {unit}" if unit != "s" else f"{format_time(value)} a layer, modelled"
 
 
 def _heading(score: MapScore, title: str) -> Text:
@@ -121,11 +127,11 @@ def _balance(score: MapScore) -> RenderableType:
     result = table("scenario", *_right(*(["weight"] if several else []), *figures))
     for scenario, weight in zip(score.scenarios, score.weights.tolist(), strict=True):
         row = [scenario.name, *([percent(weight)] if several else [])]
-        row += [f"{scenario.mean_balance:.3f}", f"{scenario.mean_imbalance:.2f}"]
-        add_row(result, [*row, scenario.worst_layer, f"{float(scenario.imbalance.max()):.2f}"])
+        row += [f"{scenario.mean_balance:.4f}", f"{scenario.mean_imbalance:.4f}"]
+        add_row(result, [*row, scenario.worst_layer, f"{float(scenario.imbalance.max()):.4f}"])
     lines: list[RenderableType] = []
     if several:
-        row = ["weighted mean", "100 %", f"{score.balance:.3f}", f"{score.imbalance:.2f}"]
+        row = ["weighted mean", "100 %", f"{score.balance:.4f}", f"{score.imbalance:.4f}"]
         add_row(result, [*row, "", ""], "bold")
         lines.append(line("worst scenario: ", (score.worst_scenario.name, "bold")))
     lines.append(

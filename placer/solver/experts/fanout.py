@@ -133,6 +133,7 @@ class Gathering:
     def descend(self) -> None:
         """Make the best swap until none helps."""
         floor = LEAST_GAIN * self.spread.features.weights.sum()
+        now = self.objective()
         for _ in range(LONGEST):
             change = self.spread.all_changes(self.only)[0]
             for reach in self.reaches:
@@ -146,6 +147,11 @@ class Gathering:
             if change[first, second] > -floor:
                 return
             self.swap(first, second)
+            # Sums in single precision, and the worst scenario, can promise a gain that is none: then round and round.
+            before, now = now, self.objective()
+            if now > before - floor:
+                self.swap(first, second)
+                return
 
     def swap(self, first: int, second: int) -> None:
         """Swap the experts of two slots."""

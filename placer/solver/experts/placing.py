@@ -452,4 +452,14 @@ def _bound_of(problem: ExpertProblem, scenario: int) -> Floats:
         weights=np.ones(1),
         tokens=problem.tokens[scenario : scenario + 1],
     )
-    return bounds.layer_bounds(task)
+    found = bounds.layer_bounds(task)
+    if problem.kinds is None:
+        return found
+    # The experts of a routing group fill the slots of its block alone: some rank there has at least the block's mean.
+    held = problem.loads[scenario].reshape(len(found), problem.groups, -1).sum(axis=2).max(axis=1)
+    share = held / max(1.0, problem.ep / problem.groups)
+    form = problem.forms[scenario]
+    exchange = form.dispatch_start + form.combine_start + form.etp_start + form.etp_rate * share
+    rates = (form.by_row, form.dispatch_rate, form.combine_rate)
+    least: Floats = form.start.min() + sum(float(rate.min()) for rate in rates) * share + exchange
+    return np.asarray(np.maximum(found, least))
