@@ -20,10 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from placer.errors import ExportError, InputError, PlacerError, SolverError
+    from placer.expert_maps.base import ExpertMap
+    from placer.expert_maps.registry import read_expert_map, render_expert_map
+    from placer.importers.routing import read_routings
     from placer.launchers.registry import emit, list_launchers
     from placer.placement import Placement, load_placement, save_placement
     from placer.problem import Problem, load_problem
     from placer.solver.answer import solve
+    from placer.solver.experts.placing import ExpertProblem, place_experts
     from placer.verify import check_placement
 
 try:
@@ -32,6 +36,8 @@ except PackageNotFoundError:
     __version__ = "0+unknown"
 
 __all__ = [
+    "ExpertMap",
+    "ExpertProblem",
     "ExportError",
     "InputError",
     "Placement",
@@ -44,12 +50,22 @@ __all__ = [
     "list_launchers",
     "load_placement",
     "load_problem",
+    "place_experts",
+    "read_expert_map",
+    "read_routings",
+    "render_expert_map",
     "save_placement",
     "solve",
 ]
 
 #: Where each exported name lives.
 _HOMES = {
+    "ExpertMap": "placer.expert_maps.base",
+    "ExpertProblem": "placer.solver.experts.placing",
+    "place_experts": "placer.solver.experts.placing",
+    "read_expert_map": "placer.expert_maps.registry",
+    "read_routings": "placer.importers.routing",
+    "render_expert_map": "placer.expert_maps.registry",
     "ExportError": "placer.errors",
     "InputError": "placer.errors",
     "Placement": "placer.placement",

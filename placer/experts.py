@@ -20,6 +20,8 @@ from placer.expert_maps.base import ExpertMap
 from placer.expert_maps.registry import format_named, read_expert_map
 from placer.importers.huggingface import import_model
 from placer.importers.routing import Routing, as_scenarios, read_routing_sample, read_routings
+from placer.placement import FORMAT as PLACEMENT
+from placer.placement import load_placement, read_placement_document
 from placer.solver.clock import Clock
 from placer.solver.experts import budget as sharing
 from placer.solver.experts.fanout import ReachPrice
@@ -370,6 +372,10 @@ def _before(wishes: Wishes, gpus: int, loads: NDArray[np.float64]) -> ExpertMap 
 def read_map(path: str, format: str | None, gpus: int, loads: NDArray[np.float64]) -> ExpertMap:
     """Return the map in a file, its layers numbered as in `loads` (scenarios, layers, experts)."""
     dense = tuple(int(layer) for layer in np.flatnonzero(loads[0].sum(axis=1) == 0))
+    if format is None and Path(path).suffix.lower() == ".json" and Path(path).is_file():
+        placed = _of_placement(path, gpus, loads)
+        if placed is not None:
+            return align(placed, loads[0])
     read = read_expert_map(
         path, ep=gpus, experts=loads.shape[2], format=format, dense_layers=dense, model_layers=loads.shape[1]
     )
@@ -377,6 +383,20 @@ def read_map(path: str, format: str | None, gpus: int, loads: NDArray[np.float64
         kept = {layer: rows for layer, rows in read.layers.items() if layer not in dense}
         read = ExpertMap(kept, read.experts, read.model_layers, read.notes)
     return align(read, loads[0])
+
+
+def _of_placement(path: str, gpus: int, loads: NDArray[np.float64]) -> ExpertMap | None:
+    """Return the experts of a placement file of `placer solve`, None for any other file."""
+    document = read_placement_document(path)
+    if not isinstance(document.data, dict) or document.data.get("format") != PLACEMENT:
+        return None
+    placement = load_placement(path)
+    ep = {len(rows) for rows in placement.experts.values()}
+    if ep != {gpus}:
+        found = " and ".join(str(number) for number in sorted(ep)) or "no"
+        raise InputError(f"places experts on {found} EP ranks, expected {gpus}", file=path)
+    layers = {layer: np.array(rows, dtype=np.int64) for layer, rows in placement.experts.items()}
+    return ExpertMap(layers, loads.shape[2], loads.shape[1])
 
 
 def _list(text: str, count: int, key: str) -> NDArray[np.float64]:

@@ -12,11 +12,15 @@ Copy k of one stage and copy k of every other make replica k.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from placer.errors import ExportError
+from placer.expert_maps.base import ExpertMap
+from placer.expert_maps.sglang import FILE_NAME as EXPERT_FILE
+from placer.expert_maps.sglang import Sglang as ExpertLocation
 from placer.launchers.base import (
     Beside,
     EmittedFile,
@@ -31,7 +35,6 @@ from placer.launchers.base import (
 )
 from placer.placement import Placement, RankRecord
 
-EXPERT_FILE = "expert_location.json"
 # SGLang's own default. Every host of a server listens on it, so that replicas which share a host need several.
 HTTP_PORT = 30000
 
@@ -218,16 +221,10 @@ def expert_location(placement: Placement) -> str:
 
     Layers without experts need a row as well; they get the experts in order, then copies from the first on.
     """
-    slots, experts = slots_and_experts(placement)
-    no_experts = [slot % experts for slot in range(slots)]
-    rows = [
-        [expert for row in placement.experts[layer] for expert in row]
-        if layer in placement.experts
-        else no_experts
-        for layer in range(layer_count(placement))
-    ]
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    return f'{{"physical_to_logical_map": [\n{lines}\n]}}\n'
+    _, experts = slots_and_experts(placement)
+    layers = {layer: np.array(rows, dtype=np.int64) for layer, rows in placement.experts.items()}
+    expert_map = ExpertMap(layers, experts, layer_count(placement))
+    return ExpertLocation().render(expert_map)[EXPERT_FILE].decode()
 
 
 def _stages(placement: Placement) -> str | None:

@@ -46,7 +46,7 @@ def test_one_scenario_with_counts_alone() -> None:
     found = text(simulation_report(score, title="map.json"))
     assert found.startswith("map.json: 1 MoE layer, 4 experts, 4 slots a layer; 3 EP ranks, 2 hosts\n")
     assert "load of the EP ranks\nscenario  balance  max / mean  worst layer  max / mean there" in found
-    assert "decode      0.556        1.80            1              1.80" in found
+    assert "decode     0.5556      1.8000            1            1.8000" in found
     assert "the files hold counts, not tokens" in found
     assert "    1       +80 %        0  0: 83 %, 1: 17 %                0" in found
     assert "one copy alone is above the mean load of a rank" in found
@@ -60,9 +60,9 @@ def test_several_scenarios_are_weighed() -> None:
     routings = [routing("decode", LOADS), routing("prefill", [LOADS[0], [20, 20, 30, 30]])]
     score = score_map(one_layer([0, 1], [2], [3]), routings, host_of=np.zeros(3, int), weights=[1, 3])
     found = text(simulation_report(score))
-    assert "decode           25 %    0.556        1.80" in found
-    assert "prefill          75 %    0.833        1.20" in found
-    assert "weighted mean   100 %    0.764        1.35" in found
+    assert "decode           25 %   0.5556      1.8000" in found
+    assert "prefill          75 %   0.8333      1.2000" in found
+    assert "weighted mean   100 %   0.7639      1.3500" in found
     assert "worst scenario: decode" in found
     assert "    1       +35 %  decode          0" in found
     assert "0 in 2 of 2 (2 scenarios x 1 layer)" in found
@@ -165,7 +165,7 @@ def test_it_fits_100_columns(name: str) -> None:
     found = lines(simulation_report(score, title="map.json"))
     assert max(map(len, found)) <= 100
     # No figure is folded: each is on the line of its scenario or layer.
-    figures = f"{score.scenarios[0].mean_balance:.3f} {score.scenarios[0].mean_imbalance:.2f}"
+    figures = f"{score.scenarios[0].mean_balance:.4f} {score.scenarios[0].mean_imbalance:.4f}"
     assert any(" ".join(row.split()).startswith(f"{name[:22]} 50 % {figures}") for row in found)
     assert any("high throughput" in row and row.count("KiB)") == 2 for row in found)
     start = next(number for number, row in enumerate(found) if row.startswith("layer  above mean"))
