@@ -756,7 +756,9 @@ def import_routing(
     file: Annotated[
         str,
         typer.Argument(
-            metavar="FILE", help="Expert loads: SGLang's JSON, .npy, .npz or .csv.", show_default=False
+            metavar="FILE",
+            help="Expert loads: SGLang's JSON or .pt, .npy, .npz, .csv, a folder of TensorRT-LLM statistics.",
+            show_default=False,
         ),
     ],
     output: OutputOption = None,
@@ -824,9 +826,11 @@ def _describe(path: Path, all_ranks: bool) -> RenderableType:
     from placer.spec.cluster import load_cluster
     from placer.spec.model import load_model
 
+    if path.is_dir() and (path / "meta_info.json").exists():
+        return loads_report(read_expert_loads(path), path.name)
     if path.is_dir():
         return model_report(read_config(path))
-    if path.suffix.lower() in (".npy", ".npz", ".csv"):
+    if path.suffix.lower() in (".npy", ".npz", ".csv", ".pt", ".pth"):
         return loads_report(read_expert_loads(path), path.name)
     # A placement is the largest of these files, so what is read may be as large as one.
     document = read_placement_document(path)

@@ -1,7 +1,7 @@
 """Redundant slots shared out between layers: more where they gain most, under one budget of memory for all.
 
 Every layer is placed with each number of slots per rank there may be; which layer gets which is a multiple-choice
-knapsack (`tradeoff`). Slots of every rank stay equal within a layer.
+knapsack, small enough for dynamic programming. Slots of every rank stay equal within a layer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import numpy as np
 from placer.errors import InputError
 from placer.solver.clock import Clock
 from placer.solver.experts.placing import ExpertAnswer, ExpertProblem, place_experts
-from placer.solver.experts.spread import Ints
-from placer.solver.experts.tradeoff import picks_on_the_way, within
+from placer.solver.experts.spread import Floats, Ints
 
 #: Slots per rank tried beyond what the mean of the budget gives a layer.
 BEYOND = 2
@@ -69,13 +68,34 @@ def share_slots(
             f"a budget of {budget} slots is less than the {least * ep * layers} that hold {problem.experts} experts "
             f"once in each of {layers} layers on {ep} ranks with equal slots"
         )
-    most = min(problem.experts, budget // (ep * layers) + BEYOND)
+    # No domain that copies may share but once has room for more slots than there are experts.
+    fitting = problem.experts // int(np.bincount(problem.apart_of).max())
+    most = max(least, min(fitting, budget // (ep * layers) + BEYOND))
     answers = tuple(
         place_experts(
             replace(problem, room=np.full(ep, width)), clock=clock, workers=workers, seed=seed, kicks=kicks
         )
         for width in range(least, most + 1)
     )
-    amount = np.repeat(np.arange(least, most + 1)[:, None] * ep, layers, axis=1)
     objective = np.stack([answer.objective for answer in answers])
-    return Shared(answers, within(amount, picks_on_the_way(amount, objective), budget))
+    return Shared(answers, best_shares(objective, budget // ep - least * layers))
+
+
+def best_shares(objective: Floats, spare: int) -> Ints:
+    """Return (layers,) the row of `objective` (rows, layers) each layer takes, so that the sum is least.
+
+    Row n costs n of what is `spare`. Exact, layer after layer (dynamic programming); among equals the lower row.
+    """
+    rows, layers = objective.shape
+    spare = min(spare, (rows - 1) * layers)
+    best, chosen = np.zeros(spare + 1), np.zeros((layers, spare + 1), dtype=np.int64)
+    for layer in range(layers):
+        options = np.full((rows, spare + 1), np.inf)
+        for row in range(min(rows, spare + 1)):
+            options[row, row:] = best[: spare + 1 - row] + objective[row, layer]
+        chosen[layer], best = options.argmin(axis=0), options.min(axis=0)
+    pick = np.zeros(layers, dtype=np.int64)
+    for layer in reversed(range(layers)):
+        pick[layer] = chosen[layer, spare]
+        spare -= int(pick[layer])
+    return pick

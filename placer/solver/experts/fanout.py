@@ -130,11 +130,13 @@ class Gathering:
         reached = sum(reach.price.price * reach.mean() for reach in self.reaches)
         return float(self.spread.objective()[0]) + reached
 
-    def descend(self) -> None:
-        """Make the best swap until none helps."""
+    def descend(self, over: Callable[[], bool]) -> None:
+        """Make the best swap until none helps, or it is `over`."""
         floor = LEAST_GAIN * self.spread.features.weights.sum()
         now = self.objective()
-        for _ in range(LONGEST):
+        for step in range(LONGEST):
+            if step % 8 == 7 and over():
+                return
             change = self.spread.all_changes(self.only)[0]
             for reach in self.reaches:
                 change += reach.changes()
@@ -170,13 +172,17 @@ def gather(
     layer: Gathering, kicks: int, generator: np.random.Generator, over: Callable[[], bool], starts: int = 1
 ) -> None:
     """Improve a layer by descent, from `starts` random deals of its copies and its own, and by kicks from the best."""
-    layer.descend()
     best, value = layer.spread.kept()[0], layer.objective()
+    if over():
+        return
+    layer.descend(over)
+    if layer.objective() < value:
+        best, value = layer.spread.kept()[0], layer.objective()
     for _ in range(starts - 1):
         if over():
             break
         layer.put(_dealt(layer.spread, generator))
-        layer.descend()
+        layer.descend(over)
         if layer.objective() < value:
             best, value = layer.spread.kept()[0], layer.objective()
     layer.put(best)
@@ -185,7 +191,7 @@ def gather(
         if over():
             break
         _kick(layer, generator, redeal=bool(number % 2))
-        layer.descend()
+        layer.descend(over)
         now = layer.objective()
         # A little worse is let pass (threshold accepting): the next kick then starts from elsewhere.
         if now < standing + TOLERANCE * abs(value):

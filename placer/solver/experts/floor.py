@@ -6,12 +6,12 @@ with the balance of all layers as its limit.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from placer.solver.clock import Clock
+from placer.solver.experts.parallel import over_layers
 from placer.solver.experts.placing import (
     ExpertAnswer,
     ExpertProblem,
@@ -55,7 +55,6 @@ def least_reach(
     base = place_experts(replace(problem, reach=()), clock=clock, workers=workers, seed=seed)
     unit = float(base.bound.mean()) / sum(price.price for price in problem.reach)
     plans = [base.expert]
-    parts = [part for part in np.array_split(np.arange(len(problem.layers)), 2 * workers) if len(part)]
     for share in LADDER:
         reach = tuple(replace(price, price=price.price * unit * share) for price in problem.reach)
         priced = replace(problem, reach=reach)
@@ -65,8 +64,7 @@ def least_reach(
                 priced.of_layers(part), start[part], clock, seed=seed, kicks=KICKS, betas=(30.0, 90.0)
             )
 
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            plans.append(np.concatenate(list(pool.map(climb, parts))))
+        plans.append(over_layers(climb, len(problem.layers), workers))
     weights = np.array([price.price for price in problem.reach])
     reached = np.stack([weights @ mean_reach(problem, plan) for plan in plans])
     loss = np.stack([1.0 - balance_of(problem, plan) for plan in plans])

@@ -9,7 +9,6 @@ multiple-choice knapsack over the lower convex hulls, solved greedily.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from placer.expert_maps.base import ExpertMap
 from placer.solver.clock import Clock
+from placer.solver.experts.parallel import over_layers
 from placer.solver.experts.placing import (
     ExpertAnswer,
     ExpertProblem,
@@ -118,16 +118,14 @@ def replan(
         if price is None
         else sorted({price, *(scale * p for p in LADDER)})[::-1]
     )
-    parts = [part for part in np.array_split(np.arange(len(problem.layers)), 2 * workers) if len(part)]
 
-    def climb(part: Ints) -> list[Ints]:
-        return _ladder(
+    def climb(part: Ints) -> Ints:
+        ladder = _ladder(
             problem.of_layers(part), held[part], weights[part], fresh.expert[part], prices, clock, seed
         )
+        return np.stack(ladder, axis=1)
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        ladders = list(pool.map(climb, parts))
-    plans = [np.concatenate([ladder[step] for ladder in ladders]) for step in range(len(ladders[0]))]
+    plans = list(over_layers(climb, len(problem.layers), workers).swapaxes(0, 1))
     return _choose(problem, held, weights, plans, price=price, cap=cap)
 
 
@@ -261,7 +259,7 @@ def _give(now: Bools, expert: int, room: Ints, heat: Floats, domain_of: Ints, *,
     there = np.isin(domain_of, domain_of[now[:, expert]])
     free = (now.sum(axis=1) < room) & ~there
     if free.any():
-        now[int(np.where(free, load / room, np.inf).argmin()), expert] = True
+        now[int(np.where(free, load / np.maximum(room, 1), np.inf).argmin()), expert] = True
         return
     if not spare:
         return

@@ -8,10 +8,10 @@ against balance (`fanout`). Bounds come from `bound`, moves away from an older m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from placer.cost.expert_score import fan_out
 from placer.cost.latency import ExpertForms, active_probability
@@ -21,6 +21,7 @@ from placer.solver.experts import bound as bounds
 from placer.solver.experts import swaps
 from placer.solver.experts.deal import choose_copies, deal, deal_groups, heat_of
 from placer.solver.experts.fanout import Gathering, Reach, ReachPrice, gather
+from placer.solver.experts.parallel import over_layers
 from placer.solver.experts.spread import Features, Floats, Ints, Seats, Spread, search
 from placer.solver.experts.task import ExpertTask
 from placer.spec.routing import RoutingSample
@@ -30,7 +31,9 @@ BETAS = (4.0, 12.0, 30.0, 90.0)
 #: A share of the objective looks at all ranks, not only at those near the top: it helps on workloads not seen.
 EVEN_BETA, EVEN_WEIGHT = 12.0, 0.5
 #: Kicks of the search, and those with fan-out.
-KICKS, GATHER_KICKS, GATHER_STARTS = 40, 30, 4
+KICKS, GATHER_KICKS, GATHER_STARTS = 24, 30, 4
+#: Tokens of a sample that kicks look at.
+SEARCH_TOKENS = 8192
 #: The most rounds of swaps in one descent.
 LONGEST_DESCENT, SHORT_DESCENT = 100, 10
 #: Swaps under the exact maximum after the smooth one, for a single scenario.
@@ -120,7 +123,8 @@ def of_task(task: ExpertTask, layers: Sequence[int]) -> ExpertProblem:
 def place_task(task: ExpertTask, layers: Sequence[int], clock: Clock, *, seed: int, kicks: int) -> Ints:
     """Return (layers, ep, slots per rank) a stage's experts, spread but not yet improved under the exact maximum."""
     problem = of_task(task, layers)
-    return _place(problem, clock, seed, kicks).reshape(task.layers, task.ep, task.slots_per_rank)
+    with threadpool_limits(limits=1, user_api="blas"):
+        return _place(problem, clock, seed, kicks).reshape(task.layers, task.ep, task.slots_per_rank)
 
 
 def relative_forms(speed: Floats) -> ExpertForms:
@@ -178,13 +182,11 @@ def place_experts(
     """
     check_room(problem)
     clock = clock or Clock(600.0)
-    parts = np.array_split(np.arange(len(problem.layers)), max(1, min(2 * workers, len(problem.layers))))
 
     def place(part: Ints) -> Ints:
         return _place(problem.of_layers(part), clock, seed, kicks)
 
-    with ThreadPoolExecutor(max_workers=workers) as pool:
-        expert = np.concatenate(list(pool.map(place, [part for part in parts if len(part)])))
+    expert = over_layers(place, len(problem.layers), workers)
     return answer_of(problem, expert)
 
 
@@ -358,18 +360,38 @@ def _gathered(
     """Return slots with fan-out weighed against balance, layer by layer, where the sample covers the layer."""
     assert problem.sample is not None
     result, tries = expert.copy(), GATHER_KICKS if kicks is None else kicks
-    for place, layer in enumerate(problem.layers):
-        if layer not in problem.sample.layers:
-            continue
-        chosen = problem.sample.incidence(problem.sample.layers.index(layer))
-        only = np.array([place])
-        prices = None if whole.prices is None else whole.prices[only]
-        spread = Spread(whole.features.of_layers(only), whole.seats, expert[only], prices, whole.kinds)
-        reaches = [Reach(chosen, price, whole.seats.rank_of, expert[place]) for price in problem.reach]
-        starts = GATHER_STARTS if prices is None else 1
-        gather(Gathering(spread, reaches), tries, generators[place], clock.over, starts)
-        result[place] = spread.expert[0]
+    starts = GATHER_STARTS if whole.prices is None else 1
+    sampled = [place for place, layer in enumerate(problem.layers) if layer in problem.sample.layers]
+    # A descent for every layer first, so that none is left out when time is short; kicks see a part of the tokens.
+    for turn, (most, kicked) in enumerate(((None, 0), (SEARCH_TOKENS, tries), (None, 0))):
+        for place in sampled:
+            if turn and (tries == 0 or clock.over()):
+                break
+            generator = generators[place]
+            gathering = _gathering(problem, whole, result[place], place, most, generator)
+            gather(gathering, kicked, generator, clock.over, starts if kicked else 1)
+            result[place] = gathering.spread.expert[0]
     return result
+
+
+def _gathering(
+    problem: ExpertProblem,
+    whole: Spread,
+    expert: Ints,
+    place: int,
+    most: int | None,
+    generator: np.random.Generator,
+) -> Gathering:
+    """Return one layer under balance, prices and reach, the latter of at most so many tokens of the sample."""
+    assert problem.sample is not None
+    chosen = problem.sample.incidence(problem.sample.layers.index(problem.layers[place]))
+    if most is not None and len(chosen) > most:
+        chosen = chosen[np.sort(generator.choice(len(chosen), most, replace=False))]
+    only = np.array([place])
+    prices = None if whole.prices is None else whole.prices[only]
+    spread = Spread(whole.features.of_layers(only), whole.seats, expert[None], prices, whole.kinds)
+    reaches = [Reach(chosen, price, whole.seats.rank_of, expert) for price in problem.reach]
+    return Gathering(spread, reaches)
 
 
 def rank_times(problem: ExpertProblem, expert: Ints) -> Floats:

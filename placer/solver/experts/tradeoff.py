@@ -28,7 +28,7 @@ def hull_steps(amount: Amounts, objective: Floats) -> list[tuple[int, int]]:
     """Return (layer, plan) upgrades from the cheapest plans, the most gain per amount first."""
     steps: list[tuple[float, int, int, int]] = []
     for layer, start in enumerate(cheapest(amount, objective).tolist()):
-        now, place = start, 0
+        now, place, last = start, 0, np.inf
         while True:
             more = amount[:, layer] - amount[now, layer]
             gain = objective[now, layer] - objective[:, layer]
@@ -37,7 +37,9 @@ def hull_steps(amount: Amounts, objective: Floats) -> list[tuple[int, int]]:
                 break
             rate = np.where(useful, gain / np.where(useful, more, 1), 0.0)
             now = int(rate.argmax())
-            steps.append((-float(rate[now]), layer, place, now))
+            # Along a hull rates fall; where they are equal, rounding must not turn the order round.
+            last = min(last, float(rate[now]))
+            steps.append((-last, layer, place, now))
             place += 1
     return [(layer, plan) for _, layer, _, plan in sorted(steps, key=lambda step: step[:3])]
 
