@@ -537,7 +537,7 @@ def experts(
     _show(
         placed_report(
             found.objective, found.bound, found.gap, found.proven, found.score,
-            cut_by="the time limit" if found.cut_short else None,
+            cut_by=found.cut_by,
             moved=None if found.moved is None else (found.moved.inside, found.moved.between),
             moves=[(point.moved, point.objective) for point in found.moves],
             reach=found.reach, reach_of="hosts" if several else "GPUs", unit=found.unit, notes=found.notes,

@@ -132,7 +132,7 @@ class Placed:
     moved: Point | None = None
     moves: tuple[Point, ...] = ()
     reach: tuple[tuple[float, float], ...] = ()
-    cut_short: bool = False
+    cut_by: str | None = None
     notes: tuple[str, ...] = field(default=())
     unit: str = "even loads"
 
@@ -149,7 +149,7 @@ class Placed:
             "bound": self.bound,
             "gap": self.gap,
             "layers_within_0.1_percent": self.proven,
-            "cut_short": self.cut_short,
+            "cut_short": self.cut_by is not None,
             "moves": None if self.moved is None else _point(self.moved),
             "moves_curve": [_point(point) for point in self.moves],
             "reach_curve": [{"balance": balance, "reach": reach} for balance, reach in self.reach],
@@ -516,9 +516,14 @@ def _sample(
 
 
 def answer(question: Question) -> Placed:
-    """Return the map that is asked for. Raises InputError when the experts cannot be placed so."""
+    """Return the map that is asked for; Ctrl-C ends the search. Raises InputError when the experts cannot be placed so."""
+    clock = Clock(question.wishes.time_limit)
+    with clock.catching_interrupt():
+        return _answer(question, clock)
+
+
+def _answer(question: Question, clock: Clock) -> Placed:
     wishes, problem = question.wishes, question.problem
-    clock = Clock(wishes.time_limit)
     if wishes.budget is not None:
         return _shared(question, clock)
     if question.before is not None:
@@ -619,7 +624,7 @@ def _finished(
         speeds=None if (question.speeds == question.speeds[0]).all() else question.speeds,
         **question.sizes,
     )  # fmt: skip
-    cut = clock.cut_short or clock.interrupted
+    cut = "Ctrl-C" if clock.interrupted else "the time limit" if clock.cut_short else None
     unit = "even loads" if question.stage is None else "s"
     said = (*question.notes, *notes)
     return Placed(found, score, objective, bound, proven, moved, moves, reach, cut, said, unit)

@@ -335,7 +335,9 @@ def _assigned(cost: Floats) -> tuple[Ints, float]:
     solver = SimpleLinearSumAssignment()
     whole = np.round(cost[rows, columns] * 1000).astype(np.int64)
     solver.add_arcs_with_cost(rows.astype(np.int32), columns.astype(np.int32), whole)
-    if len(rows) == 0 or solver.solve() != solver.OPTIMAL:
+    # The solver knows only rows and columns that some arc names.
+    named = len(np.unique(rows)) == len(np.unique(columns)) == count
+    if not named or solver.solve() != solver.OPTIMAL:
         return np.arange(count), np.inf
     return np.array(
         [solver.right_mate(row) for row in range(count)], dtype=np.int64

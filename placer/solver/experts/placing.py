@@ -22,7 +22,7 @@ from placer.solver.experts import swaps
 from placer.solver.experts.deal import choose_copies, deal, deal_groups, heat_of
 from placer.solver.experts.fanout import Gathering, Reach, ReachPrice, gather
 from placer.solver.experts.parallel import over_layers
-from placer.solver.experts.spread import Features, Floats, Ints, Seats, Spread, search
+from placer.solver.experts.spread import SMALL, Features, Floats, Ints, Seats, Spread, search
 from placer.solver.experts.task import ExpertTask
 from placer.spec.routing import RoutingSample
 
@@ -32,6 +32,8 @@ BETAS = (4.0, 12.0, 30.0, 90.0)
 EVEN_BETA, EVEN_WEIGHT = 12.0, 0.5
 #: Kicks of the search, and those with fan-out.
 KICKS, GATHER_KICKS, GATHER_STARTS = 24, 30, 4
+#: So many times the kicks in small layers, where each is quick.
+SMALL_TIMES = 3
 #: Tokens of a sample that kicks look at.
 SEARCH_TOKENS = 8192
 #: The most rounds of swaps in one descent.
@@ -50,7 +52,8 @@ class ExpertProblem:
     sum. `room` (ep,) is the slots of every rank, `host_of` (ep,) the host of every rank, `apart_of` (ep,) the domains
     that must not hold two copies of an expert. `samples` are routing samples, each with a scenario number;
     `reach` the prices of reaching further domains. `groups`, above 1, keeps the experts of a routing group on one block
-    of consecutive slots and takes exactly one copy of each expert.
+    of consecutive slots and takes exactly one copy of each expert. `active` and `even` are what `mean_active` and
+    `even_times` were of the problem that this one has some layers of, so that no layer's answer hangs on its neighbours.
     """
 
     layers: tuple[int, ...]
@@ -67,6 +70,8 @@ class ExpertProblem:
     reach: tuple[ReachPrice, ...] = ()
     contiguous: bool = False
     groups: int = 1
+    active: Floats | None = None
+    even: Floats | None = None
 
     @property
     def experts(self) -> int:
@@ -107,7 +112,21 @@ class ExpertProblem:
     def of_layers(self, layers: Ints) -> ExpertProblem:
         """Return the problem of some of the layers, by their places."""
         return replace(
-            self, layers=tuple(self.layers[place] for place in layers), loads=self.loads[:, layers]
+            self,
+            layers=tuple(self.layers[place] for place in layers),
+            loads=self.loads[:, layers],
+            active=self.mean_active,
+            even=even_times(self) if self.worst else None,
+        )
+
+    @property
+    def mean_active(self) -> Floats:
+        """(scenarios,) experts of a layer active at one copy each, the mean over layers."""
+        if self.active is not None:
+            return self.active
+        pairs = zip(self.loads, self.tokens, strict=True)
+        return np.array(
+            [active_probability(loads, count, self.top_k).sum(axis=1).mean() for loads, count in pairs]
         )
 
 
@@ -215,8 +234,23 @@ def check_room(problem: ExpertProblem) -> None:
         raise InputError(
             f"{problem.slots} slots for {problem.experts} experts, expected one slot for each: a permutation has no copies"
         )
+    if problem.contiguous and problem.groups > 1:
+        check_groups(problem)
+
+
+def check_groups(problem: ExpertProblem) -> None:
+    """Raise InputError when routing groups cannot stay on blocks of slots."""
+    if problem.experts % problem.groups:
+        raise InputError(
+            f"{problem.groups} routing groups do not divide {problem.experts} experts, expected a number that does"
+        )
     size, room = problem.experts // problem.groups, int(problem.room.max())
-    if problem.contiguous and problem.groups > 1 and size % room and room % size:
+    if (problem.room != room).any():
+        raise InputError(
+            f"a rank has {int(problem.room.min())} slots and another {room}, expected equal ranks: "
+            "routing groups stay on blocks of slots"
+        )
+    if size % room and room % size:
         raise InputError(
             f"{room} slots on a rank and routing groups of {size} experts do not divide one another, "
             "so that groups cannot stay on blocks of slots"
@@ -231,21 +265,28 @@ def features_of(problem: ExpertProblem, beta: float, *, even: bool) -> Features:
     low beta.
     """
     rows: list[tuple[Floats, float, Floats, float]] = []
+    of_scenario: list[tuple[int, float]] = []
     for number, form in enumerate(problem.forms):
         weight = float(problem.weights[number])
         exchange = form.dispatch_rate + form.combine_rate + form.etp_rate
         loads = problem.loads[number]
-        active = active_probability(loads, problem.tokens[number], problem.top_k).sum(axis=1).mean()
+        active = float(problem.mean_active[number])
         by_bytes = active / problem.ep * form.by_expert.mean()
         if by_bytes > form.by_row.mean() / problem.ep:
-            scale, worth = _relative(form.by_expert, float(active))
+            scale, worth = _relative(form.by_expert, active)
             rows.append((loads, problem.tokens[number], scale, weight * worth))
+            of_scenario.append((number, worth))
             by_row = exchange + form.activation
         else:
             by_row = exchange + form.by_row
         if by_row.max() > 0:
             scale, worth = _relative(by_row, 1.0)
             rows.append((loads, 0.0, scale, weight * worth))
+            of_scenario.append((number, worth))
+    mixture = np.zeros((len(problem.forms), len(rows)))
+    for feature, (number, worth) in enumerate(of_scenario):
+        mixture[number, feature] = worth
+    mixture /= np.maximum(mixture.sum(axis=1, keepdims=True), 1e-300)
     features = Features(
         loads=np.stack([row[0] for row in rows]),
         tokens=np.array([row[1] for row in rows]),
@@ -254,6 +295,7 @@ def features_of(problem: ExpertProblem, beta: float, *, even: bool) -> Features:
         weights=np.array([row[3] for row in rows]),
         betas=np.full(len(rows), beta),
         worst=problem.worst,
+        mixture=mixture,
     )
     if not even:
         return features
@@ -264,6 +306,7 @@ def features_of(problem: ExpertProblem, beta: float, *, even: bool) -> Features:
         scale=np.concatenate([features.scale] * 2),
         weights=np.concatenate([features.weights, EVEN_WEIGHT * features.weights]),
         betas=np.concatenate([features.betas, np.full(len(rows), EVEN_BETA)]),
+        mixture=np.concatenate([mixture, EVEN_WEIGHT * mixture], axis=1) / (1 + EVEN_WEIGHT),
     )
 
 
@@ -301,8 +344,10 @@ def improved(
         spread.descend(every, LONGEST_DESCENT)
         expert = spread.kept()
     assert spread is not None
-    search(spread, KICKS if kicks is None else kicks, generators, clock.over)
+    tries = KICKS * (SMALL_TIMES if problem.slots <= SMALL else 1)
+    search(spread, tries if kicks is None else kicks, generators, clock.over)
     expert = spread.kept()
+    # With several scenarios the smooth maximum is left to stand: it serves workloads that are not seen.
     if len(problem.forms) == 1 and prices is None:
         expert = _exact(problem, expert, clock)
     if problem.sample is not None and problem.reach:
@@ -326,8 +371,6 @@ def _first(problem: ExpertProblem, seats: Seats) -> Ints:
     value = np.full(len(problem.layers), np.inf)
     for hot in sorted({redundant * part // 4 for part in range(5)}, reverse=True):
         copies = np.minimum(swaps.choose_copies(problem.task, hot), seats.domains)
-        if (copies.sum(axis=1) < problem.slots).any():
-            continue
         expert = deal(features, seats, copies)
         spread = Spread(features_of(problem, BETAS[1], even=False), seats, expert)
         spread.descend(np.arange(len(expert)), SHORT_DESCENT)
@@ -335,15 +378,18 @@ def _first(problem: ExpertProblem, seats: Seats) -> Ints:
         better = now < value
         best = spread.kept() if best is None else np.where(better[:, None], spread.expert, best)
         value = np.minimum(value, now)
-    if best is None:
-        return deal(features, seats, choose_copies(heat_of(features), problem.slots, seats.domains))
+    assert best is not None
     return best
 
 
 def _exact(problem: ExpertProblem, expert: Ints, clock: Clock) -> Ints:
-    """Return slots improved under the exact maximum, where the ranks are alike in room and copies need no more room."""
+    """Return slots improved by swaps under the exact maximum.
+
+    Only where ranks are alike in room and copies need nothing but different ranks.
+    """
     task = problem.task
-    if task.room is not None or len(np.unique(problem.apart_of)) < problem.ep or problem.kinds is not None:
+    apart = len(np.unique(problem.apart_of)) < problem.ep
+    if task.room is not None or apart or problem.kinds is not None or problem.worst:
         return expert
     slots = expert.reshape(len(expert), problem.ep, -1)
     return swaps.improve(task, slots, clock, EXACT_ROUNDS).reshape(len(expert), -1)
@@ -371,7 +417,19 @@ def _gathered(
             gathering = _gathering(problem, whole, result[place], place, most, generator)
             gather(gathering, kicked, generator, clock.over, starts if kicked else 1)
             result[place] = gathering.spread.expert[0]
-    return result
+    # The smooth maximum led the way; what is kept is better by the exact one.
+    better = _whole_cost(problem, result, whole.prices) < _whole_cost(problem, expert, whole.prices)
+    return np.where(better[:, None], result, expert)
+
+
+def _whole_cost(problem: ExpertProblem, expert: Ints, prices: Floats | None) -> Floats:
+    """Return (layers,) the exact objective: times, reach and prices of holding."""
+    reached = np.array([price.price for price in problem.reach]) @ mean_reach(problem, expert)
+    total = blended(problem, rank_times(problem, expert)) + reached
+    if prices is not None:
+        index = np.arange(len(expert))[:, None]
+        total += prices[index, problem.seats.rank_of[None, :], expert].sum(axis=1)
+    return np.asarray(total)
 
 
 def _gathering(
@@ -455,6 +513,8 @@ def blended(problem: ExpertProblem, times: Floats) -> Floats:
 
 def even_times(problem: ExpertProblem) -> Floats:
     """Return (scenarios,) what a layer takes at even load, the mean over layers: what makes scenarios comparable."""
+    if problem.even is not None:
+        return problem.even
     return np.array([_bound_of(problem, number).mean() for number in range(len(problem.forms))])
 
 

@@ -30,6 +30,8 @@ STEEPEST = 300.0
 #: After a kick: how many of the hottest ranks of a layer are tried in a round, and for how many rounds at most.
 HOTTEST = 6
 ROUNDS_AFTER_KICK = 12
+#: Slots up to which a layer counts as small.
+SMALL = 64
 #: Random swaps of a kick.
 SHUFFLED = 3
 
@@ -42,8 +44,9 @@ class Features:
     counts its equal part of the expert's load, and otherwise how many tokens there are, with `top_k` choices each: then
     a copy counts its chance to be active at all. `scale` (features, ep) turns what a rank holds into a relative load,
     about 1 in perfect balance. `weights` (features,) are what a relative load of 1 adds to the objective, `betas` how
-    closely the smooth maximum follows the largest. `worst` is the part of the objective in which only the largest
-    feature counts instead of the weighted sum.
+    closely the smooth maximum follows the largest. `worst` is the part of the objective in which only the worst scenario
+    counts instead of the weighted sum; a scenario's relative time is what its row of `mixture` (scenarios, features)
+    makes of the features, each feature a scenario of its own unless given.
     """
 
     loads: Floats
@@ -53,6 +56,12 @@ class Features:
     weights: Floats
     betas: Floats
     worst: float = 0.0
+    mixture: Floats | None = None
+
+    @property
+    def scenarios(self) -> Floats:
+        """(scenarios, features) what each scenario's relative time is made of."""
+        return np.eye(self.count) if self.mixture is None else self.mixture
 
     @classmethod
     def plain(cls, loads: Floats, speed: Floats, weights: Floats, beta: float) -> Features:
@@ -178,8 +187,9 @@ class Spread:
         smooth, features = self.smooth(every), self.features
         total = (1 - features.worst) * (smooth @ features.weights)
         if features.worst:
-            beta, top = features.betas.max(), smooth.max(axis=1)
-            joint = top + np.log(np.exp(beta * (smooth - top[:, None])).sum(axis=1)) / beta
+            times = smooth @ features.scenarios.T
+            beta, top = features.betas.max(), times.max(axis=1)
+            joint = top + np.log(np.exp(beta * (times - top[:, None])).sum(axis=1)) / beta
             total += features.worst * features.weights.sum() * joint
         if self.prices is not None:
             total += self.prices[every[:, None], self.seats.rank_of[None, :], self.expert].sum(axis=1)
@@ -216,10 +226,10 @@ class Spread:
         pull /= pull.sum(axis=1, keepdims=True)
         share = np.broadcast_to((1 - features.worst) * features.weights, (len(layers), features.count))
         if features.worst:
-            smooth = self.smooth(layers)
-            largest = np.exp(features.betas.max() * (smooth - smooth.max(axis=1, keepdims=True)))
+            times = self.smooth(layers) @ features.scenarios.T
+            largest = np.exp(features.betas.max() * (times - times.max(axis=1, keepdims=True)))
             largest /= largest.sum(axis=1, keepdims=True)
-            share = share + features.worst * features.weights.sum() * largest
+            share = share + features.worst * features.weights.sum() * (largest @ features.scenarios)
         pull *= (share / features.betas)[:, None, :]
         return np.asarray(pull)
 
@@ -398,6 +408,9 @@ def search(
             break
         if number % 2 and spread.slots > spread.experts:
             _change_copies(spread, generators)
+            # Small layers need two copies changed at once, now and then; large ones are only disturbed by it.
+            if number % 4 == 3 and spread.slots <= SMALL:
+                _change_copies(spread, generators)
         else:
             _shuffle(spread, generators)
         spread.descend(every, ROUNDS_AFTER_KICK, HOTTEST)
