@@ -354,14 +354,25 @@ def experts(
             show_default=False,
         ),
     ],
-    gpus: Annotated[int, typer.Option(metavar="N", help="EP ranks.", show_default=False)],
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs, one EP rank each.", show_default=False)],
     slots: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Slots of a layer, copies with them; one per expert unless told."),
+        typer.Option(
+            metavar="N", help="Slots of a layer over all GPUs, copies with them; one per expert unless told."
+        ),
     ] = None,
     hosts: Annotated[
-        str, typer.Option(metavar="N|LIST", help="How many hosts, or their names: node[01-04].")
+        str,
+        typer.Option(
+            metavar="N|LIST", help="Hosts, or their names: node[01-04]; each has as many consecutive GPUs."
+        ),
     ] = "1",
+    gpus_per_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST", help="GPUs of each host where they differ: 8,8,7,8.", show_default=False
+        ),
+    ] = None,
     uneven: Annotated[
         bool, typer.Option("--uneven", help="Slots may differ between GPUs by one, where they do not divide.")
     ] = False,
@@ -392,12 +403,15 @@ def experts(
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Reach as few GPUs per token (hosts, on several) as this mean / max load lets.",
+            help="Least GPUs per token (hosts, where several) while mean / max load is at least this.",
             show_default=False,
         ),
     ] = None,
     replicas_across: Annotated[
-        str, typer.Option(metavar="gpu|host", help="Where no two copies of an expert may share.")
+        str,
+        typer.Option(
+            metavar="gpu|host", help="Copies of an expert stay on different GPUs, or on different hosts."
+        ),
     ] = "gpu",
     contiguous: Annotated[
         bool, typer.Option("--contiguous", help="For a permutation: routing groups stay on blocks of slots.")
@@ -416,7 +430,9 @@ def experts(
     move_price: Annotated[
         float | None,
         typer.Option(
-            metavar="PRICE", help="Even loads of a layer that one moved copy must win.", show_default=False
+            metavar="PRICE",
+            help="How far a layer's max / mean load must fall for one moved copy, such as 0.001.",
+            show_default=False,
         ),
     ] = None,
     move_cap: Annotated[
@@ -429,7 +445,9 @@ def experts(
     lost: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="HOST", help="A host that is lost, or HOST:GPU; with --from.", show_default=False
+            metavar="HOST",
+            help="A host that is lost, or HOST:GPU; with --from, several times if need be. Unnamed hosts are host00, host01 ...",
+            show_default=False,
         ),
     ] = None,
     budget: Annotated[
@@ -456,7 +474,7 @@ def experts(
         str | None,
         typer.Option(
             metavar="LIST",
-            help="prefill or decode, for all or each scenario; with --model.",
+            help="prefill (unless told) or decode, for all or each scenario; with --model.",
             show_default=False,
         ),
     ] = None,
@@ -481,7 +499,11 @@ def experts(
     ] = None,
     simulate: Annotated[
         str | None,
-        typer.Option(metavar="MAP", help="Score this map on LOADS and place nothing.", show_default=False),
+        typer.Option(
+            metavar="MAP",
+            help="Score this map on LOADS and place nothing; --format then names its format.",
+            show_default=False,
+        ),
     ] = None,
     output: OutputOption = None,
     format_name: Annotated[
@@ -509,7 +531,7 @@ def experts(
     if replicas_across not in ("gpu", "host"):
         raise InputError(f"found {replicas_across[:40]!r}, expected gpu or host", key="--replicas-across")
     asked = Wishes(
-        loads=tuple(loads), gpus=gpus, slots=slots, hosts=hosts, room=slots_per_gpu,
+        loads=tuple(loads), gpus=gpus, slots=slots, hosts=hosts, gpus_per_host=gpus_per_host, room=slots_per_gpu,
         uneven=uneven or format_name == "omni", speeds=speeds, weights=weights, worst=worst,
         experts=number_of_experts, sample=sample, balance=balance, apart=replicas_across,
         contiguous=contiguous or format_name == "permutation", groups=groups, before=from_map,
@@ -519,12 +541,25 @@ def experts(
         tokens_per_gpu=tokens_per_gpu, nic_bandwidth=nic_bandwidth, steps=steps,
     )  # fmt: skip
     if simulate is not None:
+        if output is not None:
+            raise InputError("cannot stand beside --simulate, which writes no map", key="-o")
         return _simulate(asked, simulate, format_name, as_json)
     written_as = _map_format(output, format_name)
+    if budget is not None and output is not None and written_as != "omni":
+        raise InputError(
+            f"shares slots out unevenly between layers, which {written_as} cannot express, expected --format omni",
+            key="--budget",
+        )
     _check_new_file(output, _map_endings(written_as), force=force)
-    from placer.experts import answer
+    from placer.expert_maps.registry import render_expert_map
+    from placer.experts import answer, preview
 
     question = read_question(asked)
+    if output is not None:
+        _check_not_input(output, [*loads, sample, from_map, model])
+        if budget is None:
+            # What the format cannot express is told now: after the search it would be too late.
+            render_expert_map(preview(question), written_as, groups=groups)
     found = answer(question)
     if output is not None:
         _write_map(output, found.map, written_as, groups)
@@ -567,6 +602,12 @@ _FORMAT_OF_ENDING = {
     ".npy": "omni",
     ".npz": "vllm-arrays",
 }
+
+
+def _check_not_input(output: Path, inputs: Sequence[str | None]) -> None:
+    for name in inputs:
+        if name is not None and output.exists() and Path(name).exists() and output.samefile(name):
+            raise InputError("is one of the files read; choose another with -o", file=str(output))
 
 
 def _map_format(output: Path | None, name: str | None) -> str:

@@ -25,14 +25,16 @@ from placer.placement import load_placement, read_placement_document
 from placer.solver.clock import Clock
 from placer.solver.experts import budget as sharing
 from placer.solver.experts.fanout import ReachPrice
-from placer.solver.experts.floor import least_reach
+from placer.solver.experts.floor import balance_of, least_reach
 from placer.solver.experts.moves import LinkWeights, Point, held_by, replan
 from placer.solver.experts.placing import (
     ExpertAnswer,
     ExpertProblem,
     answer_of,
+    first_deal,
     place_experts,
     relative_forms,
+    rows_of,
 )
 from placer.solver.experts.pricing import ExpertStage, Setting, expert_bytes, move_seconds, reach_pricing
 from placer.spec.model import ModelCard, load_model
@@ -40,7 +42,7 @@ from placer.spec.names import expand_hosts
 from placer.spec.reading import read_document
 from placer.spec.routing import RoutingSample
 
-MAX_GPUS, MAX_SLOTS = 4096, 65536
+MAX_GPUS, MAX_SLOTS, MAX_WEIGHT = 4096, 65536, 1e9
 
 _PART = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:[x*]\s*([0-9]+))?\s*")
 
@@ -57,6 +59,7 @@ class Wishes:
     gpus: int | None = None
     slots: int | None = None
     hosts: str = "1"
+    gpus_per_host: str | None = None
     room: str | None = None
     uneven: bool = False
     speeds: str | None = None
@@ -120,7 +123,7 @@ class Question:
 class Placed:
     """The map found, its score, and what is known about how good it is.
 
-    `objective` and `bound` are means over the layers, in `unit`: even loads (1 is perfect balance), or modelled
+    `objective` and `bound` are means over the layers, in `unit`: mean loads (1 is perfect balance), or modelled
     seconds. `proven` counts the layers within 0.1 % of their bound. `curve` are the trade-offs that were looked at.
     """
 
@@ -134,7 +137,8 @@ class Placed:
     reach: tuple[tuple[float, float], ...] = ()
     cut_by: str | None = None
     notes: tuple[str, ...] = field(default=())
-    unit: str = "even loads"
+    unit: str = "mean loads"
+    ranks: tuple[tuple[str, int], ...] = ()
 
     @property
     def gap(self) -> float:
@@ -150,10 +154,13 @@ class Placed:
             "gap": self.gap,
             "layers_within_0.1_percent": self.proven,
             "cut_short": self.cut_by is not None,
-            "moves": None if self.moved is None else _point(self.moved),
-            "moves_curve": [_point(point) for point in self.moves],
+            "moves": None if self.moved is None else _point(self.moved, len(self.map.layers)),
+            "moves_curve": [_point(point, len(self.map.layers)) for point in self.moves],
             "reach_curve": [{"balance": balance, "reach": reach} for balance, reach in self.reach],
             "notes": list(self.notes),
+            "ranks": [
+                {"rank": rank, "host": host, "was": was} for rank, (host, was) in enumerate(self.ranks)
+            ],
             "score": as_json(self.score),
             "experts": {
                 str(layer): [[int(item) for item in row if item >= 0] for row in rows]
@@ -162,17 +169,18 @@ class Placed:
         }
 
 
-def _point(point: Point) -> dict[str, float]:
+def _point(point: Point, layers: int) -> dict[str, float]:
     return {
         "moved": point.moved,
         "inside_hosts": point.inside,
         "between_hosts": point.between,
-        "objective": point.objective,
+        "objective": point.objective / layers,
     }
 
 
 def read_question(wishes: Wishes) -> Question:
     """Return the wishes read and checked. Raises InputError for whatever cannot be used."""
+    _check_wishes(wishes)
     routings = _routings(wishes)
     loads = as_scenarios(routings)
     layers = tuple(int(layer) for layer in np.flatnonzero(loads[0].sum(axis=1) > 0))
@@ -225,7 +233,7 @@ def _stage(wishes: Wishes, host_of: NDArray[np.int64], scenarios: int, experts: 
     if wishes.model is None:
         for value, key in (
             (wishes.gpu_type, "--gpu-type"), (wishes.phases, "--phases"), (wishes.tokens_per_gpu, "--tokens-per-gpu"),
-            (wishes.steps, "--steps"),
+            (wishes.steps, "--steps"), (None if wishes.nic_bandwidth == "400 Gb/s" else "", "--nic-bandwidth"),
         ):  # fmt: skip
             if value is not None:
                 raise InputError("needs --model: the latency model prices a model's shapes", key=key)
@@ -245,9 +253,7 @@ def _stage(wishes: Wishes, host_of: NDArray[np.int64], scenarios: int, experts: 
     model = _model(wishes.model)
     if model.moe is not None and model.moe.experts != experts:
         raise InputError(f"has {model.moe.experts} experts, but the loads have {experts}", file=wishes.model)
-    tokens = [
-        int(value) for value in _per_scenario(wishes.tokens_per_gpu or "", scenarios, "--tokens-per-gpu")
-    ]
+    tokens = _per_scenario(wishes.tokens_per_gpu or "", scenarios, "--tokens-per-gpu")
     phases = (wishes.phases or "prefill").split(",")
     phases = phases * scenarios if len(phases) == 1 else phases
     if len(phases) != scenarios or any(phase not in ("prefill", "decode") for phase in phases):
@@ -256,11 +262,27 @@ def _stage(wishes: Wishes, host_of: NDArray[np.int64], scenarios: int, experts: 
             key="--phases",
         )
     counts = tuple(int(count) for count in np.unique(host_of, return_counts=True)[1])
+    try:
+        return _setting(model, wishes, counts, phases, tokens).stage
+    except InputError as error:
+        option = _OPTIONS.get(error.key or "", error.key)
+        raise InputError(error.message, file=error.file, key=option, line=error.line) from None
+
+
+_OPTIONS = {
+    "model": "--model", "gpu_type": "--gpu-type", "hosts": "--hosts", "gpus": "--gpus", "phases": "--phases",
+    "tokens_per_gpu": "--tokens-per-gpu", "nic_bandwidth": "--nic-bandwidth",
+}  # fmt: skip
+
+
+def _setting(
+    model: ModelCard, wishes: Wishes, counts: tuple[int, ...], phases: Sequence[str], tokens: Sequence[int]
+) -> Setting:
     assert wishes.gpu_type is not None
     return Setting(
         model=model, gpu_type=wishes.gpu_type, hosts=len(counts), gpus=counts, phases=tuple(phases),  # type: ignore[arg-type]
         tokens_per_gpu=tuple(tokens), nic_bandwidth=wishes.nic_bandwidth,
-    ).stage  # fmt: skip
+    )  # fmt: skip
 
 
 def _model(path: str) -> ModelCard:
@@ -272,9 +294,12 @@ def _model(path: str) -> ModelCard:
     return load_model(document)
 
 
-def _per_scenario(text: str, count: int, key: str) -> NDArray[np.float64]:
-    """Return (count,) numbers of a list, a single one standing for all."""
-    return _list(text if "," in text or "x" in text else f"{text}x{count}", count, key)
+def _per_scenario(text: str, count: int, key: str) -> list[int]:
+    """Return the whole numbers of a list, one for each scenario, a single one standing for all."""
+    values = _list(text, count if "," in text or "x" in text else 1, key, "scenario")
+    if (values != np.floor(values)).any():
+        raise InputError("expected whole numbers", key=key)
+    return [int(value) for value in (values if len(values) == count else np.tile(values, count))]
 
 
 def _modelled(problem: ExpertProblem, stage: ExpertStage) -> tuple[ExpertProblem, tuple[str, ...]]:
@@ -287,6 +312,35 @@ def _modelled(problem: ExpertProblem, stage: ExpertStage) -> tuple[ExpertProblem
     if not reach:
         return replace(priced, sample=None), tuple(pricing.notes)
     return replace(priced, forms=pricing.forms, reach=reach), tuple(pricing.notes)
+
+
+def _check_wishes(wishes: Wishes) -> None:
+    """Refuse numbers out of range, and wishes that cannot stand beside one another."""
+    for number, key in ((wishes.price, "--move-price"), (wishes.links[0], "--inside-weight")):
+        if number is not None and not 0 <= number <= MAX_WEIGHT:
+            raise InputError(f"found {number:g}, expected 0 to {MAX_WEIGHT:g}", key=key)
+    for whole, key, least in (
+        (wishes.cap, "--move-cap", 0),
+        (wishes.steps, "--steps", 1),
+        (wishes.budget, "--budget", 1),
+    ):
+        if whole is not None and whole < least:
+            raise InputError(f"found {whole}, expected {least} or more", key=key)
+    clashes = (
+        (wishes.budget is not None, "--budget", wishes.before is not None, "--from"),
+        (wishes.budget is not None, "--budget", wishes.balance is not None, "--balance"),
+        (wishes.budget is not None, "--budget", wishes.slots is not None or wishes.room is not None, "a number of slots"),
+        (wishes.balance is not None, "--balance", wishes.before is not None, "--from"),
+        (wishes.contiguous, "--contiguous", wishes.before is not None, "--from"),
+        (wishes.contiguous, "--contiguous", wishes.budget is not None, "--budget"),
+        (wishes.price is not None, "--move-price", wishes.cap is not None, "--move-cap"),
+        (wishes.steps is not None, "--steps", wishes.cap is not None, "--move-cap"),
+        (bool(wishes.lost), "--lost", wishes.simulating, "--simulate"),
+        (wishes.slots is not None, "--slots", wishes.room is not None, "--slots-per-gpu"),
+    )  # fmt: skip
+    for one, key, other, name in clashes:
+        if one and other:
+            raise InputError(f"cannot stand beside {name}, expected one of them", key=key)
 
 
 def _routings(wishes: Wishes) -> list[Routing]:
@@ -312,7 +366,7 @@ def _gpus(wishes: Wishes) -> int:
 def _hosts(wishes: Wishes, gpus: int) -> tuple[list[str], NDArray[np.int64]]:
     """Return the host name and the host number of every rank; hosts have equal shares of consecutive ranks."""
     text = wishes.hosts.strip()
-    if text.isdigit():
+    if text.isascii() and text.isdecimal() and len(text) <= 9:
         count = int(text)
         if not 1 <= count <= gpus:
             raise InputError(f"found {count} hosts, expected 1 to {gpus}", key="--hosts")
@@ -322,9 +376,19 @@ def _hosts(wishes: Wishes, gpus: int) -> tuple[list[str], NDArray[np.int64]]:
             hosts = expand_hosts(text)
         except ValueError as error:
             raise InputError(str(error), key="--hosts") from None
+    if wishes.gpus_per_host is not None:
+        counts = _list(wishes.gpus_per_host, len(hosts), "--gpus-per-host", "host")
+        if (counts != np.floor(counts)).any() or counts.sum() != gpus:
+            raise InputError(
+                f"gives {counts.sum():g} GPUs, expected whole numbers that sum to {gpus}",
+                key="--gpus-per-host",
+            )
+        host_of = np.repeat(np.arange(len(hosts)), counts.astype(np.int64))
+        return [hosts[number] for number in host_of], host_of
     if gpus % len(hosts):
         raise InputError(
-            f"{gpus} GPUs do not divide over {len(hosts)} hosts, expected a number of hosts that divides them",
+            f"{gpus} GPUs do not divide over {len(hosts)} hosts, expected a number of hosts that divides them, or "
+            "--gpus-per-host",
             key="--hosts",
         )
     host_of = np.arange(gpus) // (gpus // len(hosts))
@@ -335,7 +399,7 @@ def _lost(wishes: Wishes, names: Sequence[str]) -> set[int]:
     """Return the ranks that are lost: whole hosts, or `host:gpu` with the place of the GPU on its host."""
     lost: set[int] = set()
     for stated in wishes.lost:
-        name, _, gpu = stated.partition(":")
+        name, colon, gpu = stated.partition(":")
         try:
             hosts = expand_hosts(name)
         except ValueError as error:
@@ -346,7 +410,8 @@ def _lost(wishes: Wishes, names: Sequence[str]) -> set[int]:
                 raise InputError(
                     f"names `{host}`, expected one of the hosts{nearest(host, set(names))}", key="--lost"
                 )
-            if gpu and not (gpu.isdigit() and int(gpu) < len(mine)):
+            number = gpu.isascii() and gpu.isdecimal() and len(gpu) <= 9
+            if colon and not (number and int(gpu) < len(mine)):
                 raise InputError(
                     f"found `{stated[:60]}`, expected a GPU from 0 to {len(mine) - 1}", key="--lost"
                 )
@@ -399,17 +464,17 @@ def _of_placement(path: str, gpus: int, loads: NDArray[np.float64]) -> ExpertMap
     return ExpertMap(layers, loads.shape[2], loads.shape[1])
 
 
-def _list(text: str, count: int, key: str) -> NDArray[np.float64]:
-    """Return (count,) the numbers of a list such as `9x16,8x16`."""
+def _list(text: str, count: int, key: str, each: str = "GPU", *, zero: bool = False) -> NDArray[np.float64]:
+    """Return (count,) the numbers of a list such as `9x16,8x16`, one for `each`."""
     values: list[float] = []
     for part in text.split(","):
         match = _PART.fullmatch(part)
-        if match is None or int(match[2] or 1) > MAX_GPUS:
+        if match is None or len(part) > 24 or int(match[2] or 1) > MAX_GPUS:
             raise InputError(f"found {part[:40]!r}, expected numbers such as `9x16,8x16`", key=key)
         values += [float(match[1])] * int(match[2] or 1)
     if len(values) != count:
-        raise InputError(f"gives {len(values)} numbers, expected {count}, one for each GPU", key=key)
-    if min(values) <= 0:
+        raise InputError(f"gives {len(values)} numbers, expected {count}, one for each {each}", key=key)
+    if min(values) <= 0 and not (zero and max(values) > 0):
         raise InputError("found 0, expected numbers above 0", key=key)
     return np.array(values)
 
@@ -421,8 +486,8 @@ def _room(
     count = len(ranks)
     if wishes.room is not None:
         values = _list(wishes.room, gpus, "--slots-per-gpu")[list(ranks)]
-        if (values != np.floor(values)).any():
-            raise InputError("expected whole numbers", key="--slots-per-gpu")
+        if (values != np.floor(values)).any() or values.max() > MAX_SLOTS:
+            raise InputError(f"expected whole numbers up to {MAX_SLOTS}", key="--slots-per-gpu")
         return np.asarray(values.astype(np.int64))
     slots = wishes.slots
     if wishes.simulating or wishes.budget is not None:
@@ -430,6 +495,13 @@ def _room(
         return np.full(count, -(-experts // count), dtype=np.int64)
     if slots is None and before is not None:
         rows = before.layers[min(before.layers)]
+        for layer, others in before.layers.items():
+            if others.shape != rows.shape or ((others != -1).sum(axis=1) != (rows != -1).sum(axis=1)).any():
+                raise InputError(
+                    f"the map has other slots on its GPUs in layer {layer} than in layer {min(before.layers)}, "
+                    "expected --slots, the same for every layer",
+                    file=wishes.before,
+                )
         held = (rows != -1).sum(axis=1)[list(ranks)].astype(np.int64)
         if held.sum() < experts:
             each = -(-experts // count)
@@ -462,7 +534,7 @@ def _weights(wishes: Wishes, routings: Sequence[Routing]) -> NDArray[np.float64]
         return np.full(len(routings), 1.0 / len(routings))
     names = ", ".join(routing.name for routing in routings)
     try:
-        values = _list(wishes.weights, len(routings), "--weights")
+        values = _list(wishes.weights, len(routings), "--weights", "scenario", zero=True)
     except InputError as error:
         if "numbers, expected" in error.message:
             raise InputError(
@@ -491,9 +563,17 @@ def _sample(
 ) -> RoutingSample | None:
     """Return the routing sample: the one named, else those of the load files together."""
     experts = loads.shape[2]
+    if (
+        wishes.sample is not None
+        and wishes.balance is None
+        and wishes.model is None
+        and not wishes.simulating
+    ):
+        raise InputError("needs --balance or --model: what fan-out is weighed against", key="--sample")
     if wishes.sample is not None:
         sample = read_routing_sample(wishes.sample, experts=experts)
-        if len(sample.layers) == len(layers) and sample.layers != tuple(layers):
+        if len(sample.layers) == len(layers) and sample.layers == tuple(range(len(layers))):
+            # The file does not number its layers: they are the MoE layers, in order.
             sample = replace(sample, layers=tuple(layers))
         unknown = set(sample.layers) - set(layers)
         if unknown:
@@ -505,7 +585,9 @@ def _sample(
     first = found[0]
     alike = [item for item in found if item.layers == first.layers and item.top_k == first.top_k]
     if len(alike) < len(found):
-        raise InputError("the load files sample different layers, expected one --sample")
+        raise InputError(
+            "the load files sample different layers, or choose different numbers of experts, expected one --sample"
+        )
     shift = np.cumsum([0, *(int(item.prompt.max(initial=0)) + 1 for item in alike)])
     return RoutingSample(
         np.concatenate([item.chosen for item in alike]),
@@ -513,6 +595,14 @@ def _sample(
         first.layers,
         experts,
     )
+
+
+def preview(question: Question) -> ExpertMap:
+    """Return a quick map with the slots that the answer will have, to ask a format whether it can be written."""
+    problem = question.problem
+    expert = first_deal(problem)
+    rows = {layer: rows_of(problem, expert[place]) for place, layer in enumerate(problem.layers)}
+    return ExpertMap(rows, problem.experts, question.routings[0].loads.shape[0])
 
 
 def answer(question: Question) -> Placed:
@@ -537,7 +627,17 @@ def _answer(question: Question, clock: Clock) -> Placed:
             problem, held, price=price, cap=wishes.cap, links=links,
             clock=clock, workers=wishes.workers, seed=wishes.seed,
         )  # fmt: skip
-        return _placed(question, found.answer, clock, moved=found.chosen, moves=found.curve)
+        notes = []
+        if price is None and wishes.cap is None:
+            notes.append(
+                "as few copies move as can, since neither a price nor a cap of moves is given; the table shows what "
+                "more would buy"
+            )
+        if question.wishes.lost:
+            notes.append("EP ranks are numbered anew, without those that are lost")
+        return _placed(
+            question, found.answer, clock, moved=found.chosen, moves=found.curve, notes=tuple(notes)
+        )
     if wishes.balance is not None:
         return _floored(question, clock)
     return _placed(
@@ -559,7 +659,13 @@ def _floored(question: Question, clock: Clock) -> Placed:
     found = least_reach(
         asked, _share(wishes.balance, "--balance"), clock=clock, workers=wishes.workers, seed=wishes.seed
     )
-    return _placed(question, found.answer, clock, reach=found.curve)
+    reached = float(balance_of(replace(problem, reach=(), sample=None), found.answer.expert).mean())
+    short = reached < wishes.balance
+    why = "no plan reaches it" if not clock.cut_short else "the time limit ended the search"
+    note = f"asked for a balance of {wishes.balance:g}, found {reached:.4f}" + (
+        f": {why}" if short or clock.cut_short else ""
+    )
+    return _placed(question, found.answer, clock, reach=found.curve, notes=(note,))
 
 
 def _placed(
@@ -570,6 +676,7 @@ def _placed(
     moved: Point | None = None,
     moves: tuple[Point, ...] = (),
     reach: tuple[tuple[float, float], ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> Placed:
     rows = {layer: found.rows(place) for place, layer in enumerate(found.problem.layers)}
     # What was weighed against balance has no bound of its own: the proof is about balance.
@@ -579,7 +686,7 @@ def _placed(
     proven = int((plain.objective - plain.bound <= 1e-3 * plain.objective).sum())
     return _finished(
         question, rows, float(plain.objective.mean()), float(plain.bound.mean()), proven, clock,
-        moved=moved, moves=moves, reach=reach,
+        moved=moved, moves=moves, reach=reach, notes=notes,
     )  # fmt: skip
 
 
@@ -625,9 +732,10 @@ def _finished(
         **question.sizes,
     )  # fmt: skip
     cut = "Ctrl-C" if clock.interrupted else "the time limit" if clock.cut_short else None
-    unit = "even loads" if question.stage is None else "s"
+    unit = "mean loads" if question.stage is None else "s"
     said = (*question.notes, *notes)
-    return Placed(found, score, objective, bound, proven, moved, moves, reach, cut, said, unit)
+    ranks = tuple(zip(question.names, question.ranks, strict=True))
+    return Placed(found, score, objective, bound, proven, moved, moves, reach, cut, said, unit, ranks)
 
 
 def _with_sample(question: Question) -> list[Routing]:

@@ -54,12 +54,12 @@ def placed_report(
     moves: Sequence[tuple[int, float]] = (),
     reach: Sequence[tuple[float, float]] = (),
     reach_of: str = "GPUs",
-    unit: str = "even loads",
+    unit: str = "mean loads",
     notes: Sequence[str] = (),
 ) -> RenderableType:
     """Return the score of a map just made, with its proof and what else there was to choose.
 
-    `objective` and `bound` are in `unit` (even loads, or modelled seconds), means over the layers; `proven` is how many layers are within 0.1 % of
+    `objective` and `bound` are in `unit` (mean loads of a rank, or modelled seconds), means over the layers; `proven` is how many layers are within 0.1 % of
     their bound. `moved` are copies moved inside hosts and between them, `moves` (moved copies, objective) and `reach`
     (balance, reached) the trade-offs. `cut_by` says what ended the search early.
     """
@@ -73,7 +73,7 @@ def placed_report(
             f"{proven} of {count(layers, 'layer')} proven within 0.1 %",
         ),
     ]
-    if cut_by is not None:
+    if cut_by is not None and proven < layers:
         parts.append(line((f"the search was ended by {cut_by}: more time may find better", "yellow")))
     if moved is not None:
         parts.append(
@@ -94,8 +94,8 @@ def placed_report(
 
 
 def _figure(value: float, unit: str) -> str:
-    """Return an objective for a person: in even loads, or modelled time of a layer."""
-    return f"{value:.4f} {unit}" if unit != "s" else f"{format_time(value)} a layer, modelled"
+    """Return an objective for a person: in mean loads of a rank, or modelled time of a layer."""
+    return f"{value:.4f} x the mean load" if unit != "s" else f"{format_time(value)} a layer, modelled"
 
 
 def _heading(score: MapScore, title: str) -> Text:

@@ -34,7 +34,7 @@ def test_the_score_comes_first_and_then_the_proof() -> None:
         "expert map found: 2 MoE layers, 4 experts, 4 slots a layer; 2 EP ranks, 1 host\n"
     )
     assert found.endswith(
-        "objective 1.2000 even loads, bound 1.1700 even loads, gap 2.5 %; 1 of 2 layers proven within 0.1 %"
+        "objective 1.2000 x the mean load, bound 1.1700 x the mean load, gap 2.5 %; 1 of 2 layers proven\nwithin 0.1 %"
     )
     for absent in ("moved", "buy", "ended by", "note:"):
         assert absent not in found
@@ -43,7 +43,7 @@ def test_the_score_comes_first_and_then_the_proof() -> None:
 def test_modelled_seconds_are_called_modelled() -> None:
     found = report(objective=2.5e-4, bound=2e-4, gap=0.2, unit="s")
     assert "objective 250 us a layer, modelled, bound 200 us a layer, modelled, gap 20 %" in found
-    assert "even loads" not in found
+    assert "mean load" not in found
 
 
 def test_what_ended_the_search_is_said() -> None:
@@ -63,8 +63,8 @@ def test_copies_moved_are_counted_by_link(moved: tuple[int, int], words: str) ->
 def test_what_moves_would_buy_is_a_mean_over_the_layers() -> None:
     found = report(moved=(0, 0), moves=[(0, 3.0), (1500, 2.5)])
     rows = [row.split() for row in found[found.index("what moves would buy") :].splitlines()]
-    assert ["0", "1.5000", "even", "loads"] in rows
-    assert ["1,500", "1.2500", "even", "loads"] in rows
+    assert ["0", "1.5000", "x", "the", "mean", "load"] in rows
+    assert ["1,500", "1.2500", "x", "the", "mean", "load"] in rows
 
 
 def test_a_curve_of_one_point_is_no_choice() -> None:

@@ -68,6 +68,17 @@ class Reach:
         self.swapped = np.zeros((len(expert), experts))
         self._renew_domains(range(self.count))
 
+    def put(self, expert: Ints) -> None:
+        """Put the slots to `expert` (slots,), counting anew only the domains in which something changed."""
+        if (np.bincount(expert, minlength=len(self.copies)) != self.copies).any():
+            self.renew(expert)
+            return
+        touched = np.unique(self.domain[expert != self.expert])
+        self.expert = expert.copy()
+        self.held = np.zeros_like(self.held)
+        np.add.at(self.held, (expert, self.domain), 1.0)
+        self._renew_domains(touched.tolist())
+
     def _factor(self, experts: Ints, domain: int, more: int) -> Floats:
         """Return by expert what (1 - n / c) becomes with `more` copies in a domain."""
         held = self.held[experts, domain] + more
@@ -164,8 +175,12 @@ class Gathering:
     def put(self, expert: Ints) -> None:
         """Put the slots to `expert` (slots,)."""
         self.spread.restore(self.only, expert[None])
+        self.follow()
+
+    def follow(self) -> None:
+        """Bring the reaches to where the spread is."""
         for reach in self.reaches:
-            reach.renew(expert)
+            reach.put(self.spread.expert[0])
 
 
 def gather(
@@ -214,7 +229,8 @@ def _kick(layer: Gathering, generator: np.random.Generator, *, redeal: bool) -> 
         pairs = generator.integers(0, spread.slots, size=(SHUFFLED, 2))
     for first, second in pairs.tolist():
         if spread.may_swap(layer.only, np.array([first]), np.array([second]))[0]:
-            layer.swap(first, second)
+            spread.swap(layer.only, np.array([first]), np.array([second]))
+    layer.follow()
 
 
 def _dealt(spread: Spread, generator: np.random.Generator) -> Ints:

@@ -26,7 +26,7 @@ from placer.solver.experts.spread import Floats, Ints
 from placer.solver.experts.tradeoff import picks_on_the_way
 
 #: Prices of reach tried, as parts of an even layer's objective, and the kicks at each.
-LADDER, KICKS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.3), 8
+LADDER, KICKS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.3), 16
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,25 @@ def least_reach(
     unit = float(base.bound.mean()) / sum(price.price for price in problem.reach)
     plans = [base.expert]
     for share in LADDER:
+        if clock.over():
+            break
         reach = tuple(replace(price, price=price.price * unit * share) for price in problem.reach)
         priced = replace(problem, reach=reach)
 
-        def climb(part: Ints, priced: ExpertProblem = priced, start: Ints = plans[-1]) -> Ints:
+        # Random deals where reach first counts; after that each price goes on from the one before.
+        starts = 2 if share == LADDER[0] else 1
+
+        def climb(
+            part: Ints, priced: ExpertProblem = priced, start: Ints = plans[-1], starts: int = starts
+        ) -> Ints:
             return improved(
-                priced.of_layers(part), start[part], clock, seed=seed, kicks=KICKS, betas=(30.0, 90.0)
+                priced.of_layers(part),
+                start[part],
+                clock,
+                seed=seed,
+                kicks=KICKS,
+                betas=(90.0,),
+                starts=starts,
             )
 
         plans.append(over_layers(climb, len(problem.layers), workers))
@@ -70,7 +83,11 @@ def least_reach(
     loss = np.stack([1.0 - balance_of(problem, plan) for plan in plans])
     picks = picks_on_the_way(loss, reached)
     every = np.arange(len(problem.layers))
-    curve = [(1.0 - float(loss[pick, every].mean()), float(reached[pick, every].mean())) for pick in picks]
+    sampled = np.isin(problem.layers, () if problem.sample is None else problem.sample.layers)
+    curve = [
+        (1.0 - float(loss[pick, every].mean()), float(reached[pick, every][sampled].mean())) for pick in picks
+    ]
     chosen = max((n for n, point in enumerate(curve) if point[0] >= floor), default=0)
     answer = answer_of(problem, np.stack(plans)[picks[chosen], every])
-    return Floored(answer, tuple(curve[:: max(1, len(curve) // 12)]))
+    kept = sorted({*range(0, len(curve), max(1, len(curve) // 10)), chosen, len(curve) - 1})
+    return Floored(answer, tuple(curve[place] for place in kept))

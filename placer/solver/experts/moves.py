@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from placer.errors import InputError
 from placer.expert_maps.base import ExpertMap
 from placer.solver.clock import Clock
 from placer.solver.experts.parallel import over_layers
@@ -30,7 +31,7 @@ from placer.solver.experts.spread import Floats, Ints
 from placer.solver.experts.tradeoff import picks_on_the_way, within
 
 #: Prices of a move tried, as parts of the objective of an even layer.
-LADDER = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
+LADDER = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4)
 #: Kicks and betas of each step of the ladder.
 LADDER_KICKS, LADDER_BETAS = 8, (30.0, 90.0)
 
@@ -145,6 +146,9 @@ def _ladder(
     plan = improved(problem, plan, clock, seed=seed, kicks=0, prices=dear * weights, betas=LADDER_BETAS)
     plans = [plan]
     for price in prices:
+        if clock.over():
+            plans.append(plan)
+            continue
         plan = improved(
             problem, plan, clock, seed=seed, kicks=LADDER_KICKS, prices=price * weights, betas=LADDER_BETAS
         )
@@ -178,7 +182,9 @@ def _choose(
     if price is not None:
         pick = (objective + price * weighed).argmin(axis=0)
     elif cap is not None:
-        pick = within(total, picks, cap)
+        if curve[0].moved > cap:
+            raise InputError(f"at least {curve[0].moved} copies must move to fill every slot, and {cap} may")
+        pick = within(total, objective, cap)
     else:
         pick = picks[0]
     every = np.arange(len(pick))

@@ -173,16 +173,27 @@ class ExpertAnswer:
 
     def rows(self, place: int) -> Ints:
         """Return (ep, most slots) the experts of the layer at a place, -1 where a rank has fewer slots."""
-        room = self.problem.room
-        result = np.full((len(room), int(room.max())), -1, dtype=np.int64)
-        result[np.arange(room.max())[None, :] < room[:, None]] = self.expert[place]
-        return result
+        return rows_of(self.problem, self.expert[place])
 
     @property
     def gap(self) -> float:
         """(objective - bound) / objective, over all layers."""
         total = float(self.objective.sum())
         return max(0.0, (total - float(self.bound.sum())) / total) if total > 0 else 0.0
+
+
+def rows_of(problem: ExpertProblem, expert: Ints) -> Ints:
+    """Return (ep, most slots) the experts of a layer's slots (slots,), -1 where a rank has fewer slots."""
+    room = problem.room
+    result = np.full((len(room), int(room.max())), -1, dtype=np.int64)
+    result[np.arange(room.max())[None, :] < room[:, None]] = expert
+    return result
+
+
+def first_deal(problem: ExpertProblem) -> Ints:
+    """Return (layers, slots) a quick legal placement, where the search starts. Raises InputError where none fits."""
+    check_room(problem)
+    return _first(problem, problem.seats)
 
 
 def place_experts(
@@ -264,25 +275,13 @@ def features_of(problem: ExpertProblem, beta: float, *, even: bool) -> Features:
     experts is taken that sets the time at even load; exchange follows the rows. With `even`, the same once more with a
     low beta.
     """
-    rows: list[tuple[Floats, float, Floats, float]] = []
-    of_scenario: list[tuple[int, float]] = []
-    for number, form in enumerate(problem.forms):
-        weight = float(problem.weights[number])
-        exchange = form.dispatch_rate + form.combine_rate + form.etp_rate
-        loads = problem.loads[number]
-        active = float(problem.mean_active[number])
-        by_bytes = active / problem.ep * form.by_expert.mean()
-        if by_bytes > form.by_row.mean() / problem.ep:
-            scale, worth = _relative(form.by_expert, active)
-            rows.append((loads, problem.tokens[number], scale, weight * worth))
-            of_scenario.append((number, worth))
-            by_row = exchange + form.activation
-        else:
-            by_row = exchange + form.by_row
-        if by_row.max() > 0:
-            scale, worth = _relative(by_row, 1.0)
-            rows.append((loads, 0.0, scale, weight * worth))
-            of_scenario.append((number, worth))
+    terms = [terms_of(problem, number) for number in range(len(problem.forms))]
+    rows = [
+        (term.loads, term.tokens, term.scale, float(problem.weights[number]) * term.seconds)
+        for number, found in enumerate(terms)
+        for term in found
+    ]
+    of_scenario = [(number, term.seconds) for number, found in enumerate(terms) for term in found]
     mixture = np.zeros((len(problem.forms), len(rows)))
     for feature, (number, worth) in enumerate(of_scenario):
         mixture[number, feature] = worth
@@ -310,6 +309,34 @@ def features_of(problem: ExpertProblem, beta: float, *, even: bool) -> Features:
     )
 
 
+@dataclass(frozen=True)
+class Term:
+    """One maximum over ranks in a scenario's time: what counts, how it becomes relative, its seconds at even load."""
+
+    loads: Floats
+    tokens: float
+    scale: Floats
+    seconds: float
+
+
+def terms_of(problem: ExpertProblem, number: int) -> list[Term]:
+    """Return the maxima that a scenario's time is made of, besides what no placement changes."""
+    form, loads = problem.forms[number], problem.loads[number]
+    exchange = form.dispatch_rate + form.combine_rate + form.etp_rate
+    active = float(problem.mean_active[number])
+    terms: list[Term] = []
+    if active / problem.ep * form.by_expert.mean() > form.by_row.mean() / problem.ep:
+        scale, seconds = _relative(form.by_expert, active)
+        terms.append(Term(loads, problem.tokens[number], scale, seconds))
+        by_row = exchange + form.activation
+    else:
+        by_row = exchange + form.by_row
+    if by_row.max() > 0:
+        scale, seconds = _relative(by_row, 1.0)
+        terms.append(Term(loads, 0.0, scale, seconds))
+    return terms
+
+
 def _relative(rate: Floats, total: float) -> tuple[Floats, float]:
     """Return (ep,) what makes a rank's load relative, and the seconds of an even load: rates that sum to `total`."""
     rate = np.maximum(rate, rate.max() * 1e-6)
@@ -332,8 +359,12 @@ def improved(
     kicks: int | None = None,
     prices: Floats | None = None,
     betas: Sequence[float] = BETAS,
+    starts: int = GATHER_STARTS,
 ) -> Ints:
-    """Return slots (layers, slots) improved from where they are; `prices` (layers, ep, experts) as `Spread` has them."""
+    """Return slots (layers, slots) improved from where they are; `prices` (layers, ep, experts) as `Spread` has them.
+
+    With fan-out, `starts` random deals are tried beside where they are.
+    """
     seats, every = problem.seats, np.arange(len(problem.layers))
     generators = [np.random.default_rng([seed, layer]) for layer in problem.layers]
     spread = None
@@ -348,10 +379,13 @@ def improved(
     search(spread, tries if kicks is None else kicks, generators, clock.over)
     expert = spread.kept()
     # With several scenarios the smooth maximum is left to stand: it serves workloads that are not seen.
-    if len(problem.forms) == 1 and prices is None:
+    if len(problem.forms) == 1 and prices is None and not problem.reach:
         expert = _exact(problem, expert, clock)
     if problem.sample is not None and problem.reach:
-        expert = _gathered(problem, spread, expert, generators, clock, kicks)
+        tries = GATHER_KICKS if kicks is None else kicks
+        expert = _gathered(
+            problem, spread, expert, generators, clock, tries, 1 if prices is not None else starts
+        )
     return expert
 
 
@@ -401,12 +435,12 @@ def _gathered(
     expert: Ints,
     generators: Sequence[np.random.Generator],
     clock: Clock,
-    kicks: int | None,
+    tries: int,
+    starts: int,
 ) -> Ints:
     """Return slots with fan-out weighed against balance, layer by layer, where the sample covers the layer."""
     assert problem.sample is not None
-    result, tries = expert.copy(), GATHER_KICKS if kicks is None else kicks
-    starts = GATHER_STARTS if whole.prices is None else 1
+    result = expert.copy()
     sampled = [place for place, layer in enumerate(problem.layers) if layer in problem.sample.layers]
     # A descent for every layer first, so that none is left out when time is short; kicks see a part of the tokens.
     for turn, (most, kicked) in enumerate(((None, 0), (SEARCH_TOKENS, tries), (None, 0))):
@@ -512,10 +546,13 @@ def blended(problem: ExpertProblem, times: Floats) -> Floats:
 
 
 def even_times(problem: ExpertProblem) -> Floats:
-    """Return (scenarios,) what a layer takes at even load, the mean over layers: what makes scenarios comparable."""
+    """Return (scenarios,) what the maxima of a layer's time are at even load: what makes scenarios comparable."""
     if problem.even is not None:
         return problem.even
-    return np.array([_bound_of(problem, number).mean() for number in range(len(problem.forms))])
+    seconds = [
+        sum(term.seconds for term in terms_of(problem, number)) for number in range(len(problem.forms))
+    ]
+    return np.asarray(np.maximum(np.array(seconds), 1e-300))
 
 
 def layer_bounds(problem: ExpertProblem) -> Floats:

@@ -7,7 +7,6 @@ mixtures of hull plans (Sinha, Zoltners 1979).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -54,11 +53,19 @@ def picks_on_the_way(amount: Amounts, objective: Floats) -> list[Ints]:
     return picks
 
 
-def within(amount: Amounts, picks: Sequence[Ints], limit: float) -> Ints:
-    """Return the last of `picks` whose amount over all layers stays within `limit`; the first where none does."""
+def within(amount: Amounts, objective: Floats, limit: float) -> Ints:
+    """Return (layers,) the plans of all upgrades, most gain per amount first, that the limit on the total has room for.
+
+    An upgrade that does not fit is left out, and with it all later ones of its layer.
+    """
+    pick = cheapest(amount, objective)
     every = np.arange(amount.shape[1])
-    last = picks[0]
-    for pick in picks:
-        if amount[pick, every].sum() <= limit:
-            last = pick
-    return last
+    total = float(amount[pick, every].sum())
+    closed: set[int] = set()
+    for layer, plan in hull_steps(amount, objective):
+        more = float(amount[plan, layer] - amount[pick[layer], layer])
+        if layer in closed or total + more > limit:
+            closed.add(layer)
+            continue
+        pick[layer], total = plan, total + more
+    return pick

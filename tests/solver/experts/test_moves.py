@@ -12,6 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from placer.cost.expert_score import fan_out
+from placer.errors import InputError
 from placer.expert_maps.base import ExpertMap
 from placer.solver.experts.fanout import ReachPrice
 from placer.solver.experts.moves import (
@@ -229,14 +230,16 @@ def test_a_cap_is_never_exceeded(cap: int) -> None:
     assert found.chosen.moved <= cap
     assert_legal(problem, found.answer.expert)
     allowed = [point.objective for point in found.curve if point.moved <= cap]
-    assert found.chosen.objective == pytest.approx(min(allowed), rel=1e-12)
+    assert found.chosen.objective <= min(allowed) * (1 + 1e-12)
 
 
-def test_a_cap_below_what_must_move_gives_the_fewest_moves() -> None:
+def test_a_cap_below_what_must_move_is_refused() -> None:
     problem, (_, answer) = small_problem(3), planned(3)
     held = held_in(problem, answer.expert)
     held[:, 0] = False
-    assert replan(problem, held, cap=0, workers=1).chosen.moved == 6
+    with pytest.raises(InputError, match="at least 6 copies must move to fill every slot, and 5 may"):
+        replan(problem, held, cap=5, workers=1)
+    assert replan(problem, held, cap=6, workers=1).chosen.moved == 6
 
 
 def test_moves_inside_a_host_are_preferred_where_they_weigh_less() -> None:
@@ -380,7 +383,8 @@ def test_assignment_by_host_against_every_permutation(seed: int) -> None:
     cost[kind[:, None] != kind[None, :]] = np.inf
 
     def together(order: tuple[int, ...]) -> bool:
-        return len({(host_of[rank], host_of[goal]) for rank, goal in enumerate(order)}) == host_of.max() + 1
+        pairs = {(int(host_of[rank]), int(host_of[goal])) for rank, goal in enumerate(order)}
+        return len(pairs) == int(host_of.max()) + 1
 
     every = np.arange(size)
     least = min(

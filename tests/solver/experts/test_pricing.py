@@ -344,7 +344,7 @@ def test_a_priced_host_is_reached_less():
         reach=pricing.reach,
     )
     free = replace(problem, reach=tuple(replace(price, price=0.0) for price in problem.reach))
-    priced, unpriced = (place_experts(one, kicks=10) for one in (problem, free))
+    priced, unpriced = (place_experts(one) for one in (problem, free))
     assert priced.reached[1, 0] == pytest.approx(1.0, abs=0.05)
     assert unpriced.reached[1, 0] > 2
     # No modelled time is below zero, and the bound holds with reach in the objective.
