@@ -43,6 +43,8 @@ from placer.spec.reading import read_document
 from placer.spec.routing import RoutingSample
 
 MAX_GPUS, MAX_SLOTS, MAX_WEIGHT = 4096, 65536, 1e9
+#: A layer counts as proven when its objective is this near its bound.
+PROVEN = 1e-3
 
 _PART = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(?:[x*]\s*([0-9]+))?\s*")
 
@@ -139,6 +141,7 @@ class Placed:
     notes: tuple[str, ...] = field(default=())
     unit: str = "mean loads"
     ranks: tuple[tuple[str, int], ...] = ()
+    by_layer: tuple[tuple[int, float, float], ...] = ()
 
     @property
     def gap(self) -> float:
@@ -154,6 +157,10 @@ class Placed:
             "gap": self.gap,
             "layers_within_0.1_percent": self.proven,
             "cut_short": self.cut_by is not None,
+            "layers": {
+                str(layer): {"objective": objective, "bound": bound}
+                for layer, objective, bound in self.by_layer
+            },
             "moves": None if self.moved is None else _point(self.moved, len(self.map.layers)),
             "moves_curve": [_point(point, len(self.map.layers)) for point in self.moves],
             "reach_curve": [{"balance": balance, "reach": reach} for balance, reach in self.reach],
@@ -683,9 +690,8 @@ def _placed(
     plain = found
     if found.problem.reach and question.stage is None:
         plain = answer_of(replace(found.problem, reach=(), sample=None), found.expert)
-    proven = int((plain.objective - plain.bound <= 1e-3 * plain.objective).sum())
     return _finished(
-        question, rows, float(plain.objective.mean()), float(plain.bound.mean()), proven, clock,
+        question, rows, plain.objective, plain.bound, clock,
         moved=moved, moves=moves, reach=reach, notes=notes,
     )  # fmt: skip
 
@@ -700,21 +706,17 @@ def _shared(question: Question, clock: Clock) -> Placed:
     every = np.arange(len(found.pick))
     objective = np.stack([each.objective for each in found.answers])[found.pick, every]
     bound = np.stack([each.bound for each in found.answers])[found.pick, every]
-    proven = int((objective - bound <= 1e-3 * objective).sum())
     widths, counts = np.unique(found.slots_per_rank, return_counts=True)
     told = ", ".join(f"{count} with {width}" for width, count in zip(widths, counts, strict=True))
     note = f"slots per GPU by layer: {told}; the bound is for this split of the slots"
-    return _finished(
-        question, rows, float(objective.mean()), float(bound.mean()), proven, clock, notes=(note,)
-    )
+    return _finished(question, rows, objective, bound, clock, notes=(note,))
 
 
 def _finished(
     question: Question,
     rows: dict[int, NDArray[np.int64]],
-    objective: float,
-    bound: float,
-    proven: int,
+    objective: NDArray[np.float64],
+    bound: NDArray[np.float64],
     clock: Clock,
     *,
     moved: Point | None = None,
@@ -735,7 +737,12 @@ def _finished(
     unit = "mean loads" if question.stage is None else "s"
     said = (*question.notes, *notes)
     ranks = tuple(zip(question.names, question.ranks, strict=True))
-    return Placed(found, score, objective, bound, proven, moved, moves, reach, cut, said, unit, ranks)
+    proven = int((objective - bound <= PROVEN * objective).sum())
+    by_layer = tuple(zip(problem.layers, objective.tolist(), bound.tolist(), strict=True))
+    return Placed(
+        found, score, float(objective.mean()), float(bound.mean()), proven, moved, moves, reach, cut, said, unit,
+        ranks, by_layer,
+    )  # fmt: skip
 
 
 def _with_sample(question: Question) -> list[Routing]:

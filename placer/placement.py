@@ -295,7 +295,11 @@ def dump_json(data: Any) -> str:
 
 def write_text(path: str | Path, text: str) -> None:
     """Write a text file as `write_bytes` does, in UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
+    try:
+        content = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ExportError(f"{path}: cannot be written: {_reason(error)}") from None
+    write_bytes(path, content)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

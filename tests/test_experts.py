@@ -195,7 +195,7 @@ def test_balance_asked_for_is_kept_and_reported_without_the_price_of_reach(
 def test_json_is_plain() -> None:
     whole = json.loads(json.dumps(placed(slots=12).as_json()))
     assert set(whole) == {
-        "unit", "objective", "bound", "gap", "layers_within_0.1_percent", "cut_short", "moves", "moves_curve",
+        "unit", "objective", "bound", "gap", "layers_within_0.1_percent", "cut_short", "layers", "moves", "moves_curve",
         "reach_curve", "notes", "ranks", "score", "experts",
     }  # fmt: skip
     assert whole["moves"] is None

@@ -50,8 +50,8 @@ class ExpertProblem:
     `forms` and `tokens` say, by scenario, what a rank's load costs (`relative_forms` where nothing but the load counts)
     and `weights` how much it counts; of the objective, the part `worst` is the worst scenario instead of their weighted
     sum. `room` (ep,) is the slots of every rank, `host_of` (ep,) the host of every rank, `apart_of` (ep,) the domains
-    that must not hold two copies of an expert. `samples` are routing samples, each with a scenario number;
-    `reach` the prices of reaching further domains. `groups`, above 1, keeps the experts of a routing group on one block
+    that must not hold two copies of an expert. `sample` is a routing sample, `reach` the prices of reaching further
+    domains. `groups`, above 1, keeps the experts of a routing group on one block
     of consecutive slots and takes exactly one copy of each expert. `active` and `even` are what `mean_active` and
     `even_times` were of the problem that this one has some layers of, so that no layer's answer hangs on its neighbours.
     """
@@ -372,7 +372,7 @@ def improved(
         last = number == len(betas) - 1
         features = features_of(problem, beta, even=last and len(problem.forms) > 1)
         spread = Spread(features, seats, expert, prices, problem.kinds)
-        spread.descend(every, LONGEST_DESCENT)
+        spread.descend(every, LONGEST_DESCENT, over=clock.over)
         expert = spread.kept()
     assert spread is not None
     tries = KICKS * (SMALL_TIMES if problem.slots <= SMALL else 1)

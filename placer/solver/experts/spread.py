@@ -195,11 +195,20 @@ class Spread:
             total += self.prices[every[:, None], self.seats.rank_of[None, :], self.expert].sum(axis=1)
         return np.asarray(total)
 
-    def descend(self, layers: Ints, rounds: int, hottest: int | None = None) -> None:
-        """Swap slots on `layers` until no swap out of the `hottest` ranks (all: None) helps, at most `rounds` times."""
+    def descend(
+        self,
+        layers: Ints,
+        rounds: int,
+        hottest: int | None = None,
+        over: Callable[[], bool] | None = None,
+    ) -> None:
+        """Swap slots on `layers` until no swap out of the `hottest` ranks (all: None) helps, or it is `over`.
+
+        At most `rounds` rounds.
+        """
         tried = min(hottest or self.seats.ep, self.seats.ep)
         for _ in range(rounds):
-            if len(layers) == 0:
+            if len(layers) == 0 or (over is not None and over()):
                 return
             layers = layers[self._round(layers, tried)]
 
@@ -413,7 +422,7 @@ def search(
                 _change_copies(spread, generators)
         else:
             _shuffle(spread, generators)
-        spread.descend(every, ROUNDS_AFTER_KICK, HOTTEST)
+        spread.descend(every, ROUNDS_AFTER_KICK, HOTTEST, over)
         now = spread.objective()
         better = now < value * (1 - 1e-9)
         best[better], value[better] = spread.expert[better], now[better]
