@@ -511,7 +511,8 @@ def experts(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="Of the map: `--format list` tells which there are.",
+            help="Of the map: sglang, tensorrt-llm, vllm-ascend, omni, permutation, vllm-physical, vllm-rank, "
+            "vllm-arrays, lightllm; by its ending unless told.",
             show_default=False,
         ),
     ] = None,
@@ -534,7 +535,7 @@ def experts(
         loads=tuple(loads), gpus=gpus, slots=slots, hosts=hosts, gpus_per_host=gpus_per_host, room=slots_per_gpu,
         uneven=uneven or format_name == "omni", speeds=speeds, weights=weights, worst=worst,
         experts=number_of_experts, sample=sample, balance=balance, apart=replicas_across,
-        contiguous=contiguous or format_name == "permutation", groups=groups, before=from_map,
+        contiguous=contiguous or (format_name == "permutation" and simulate is None), groups=groups, before=from_map,
         before_format=from_format, price=move_price, cap=move_cap, links=(inside_weight, 1.0),
         lost=tuple(lost or ()), budget=budget, time_limit=time_limit, workers=workers, seed=seed,
         simulating=simulate is not None, model=model, gpu_type=gpu_type, phases=phases,

@@ -35,6 +35,7 @@ from placer.solver.experts.placing import (
     place_experts,
     relative_forms,
     rows_of,
+    scenario_bounds,
 )
 from placer.solver.experts.pricing import ExpertStage, Setting, expert_bytes, move_seconds, reach_pricing
 from placer.spec.model import ModelCard, load_model
@@ -42,7 +43,7 @@ from placer.spec.names import expand_hosts
 from placer.spec.reading import read_document
 from placer.spec.routing import RoutingSample
 
-MAX_GPUS, MAX_SLOTS, MAX_WEIGHT = 4096, 65536, 1e9
+MAX_GPUS, MAX_SLOTS, MAX_WEIGHT = 4096, 8192, 1e9
 #: A layer counts as proven when its objective is this near its bound.
 PROVEN = 1e-3
 
@@ -315,7 +316,17 @@ def _modelled(problem: ExpertProblem, stage: ExpertStage) -> tuple[ExpertProblem
     if problem.sample is None:
         return priced, ("no routing of single tokens: the exchange is modelled for even routing",)
     pricing = reach_pricing(stage)
-    reach = tuple(price for price in pricing.reach if price.price > 0)
+    if problem.worst:
+        raise InputError(
+            "cannot stand beside --model with tokens: reach is priced for the mean of scenarios",
+            key="--worst",
+        )
+    prices = problem.weights @ pricing.seconds
+    reach = tuple(
+        replace(each, price=float(price))
+        for each, price in zip(pricing.reach, prices, strict=True)
+        if price > 0
+    )
     if not reach:
         return replace(priced, sample=None), tuple(pricing.notes)
     return replace(priced, forms=pricing.forms, reach=reach), tuple(pricing.notes)
@@ -343,8 +354,16 @@ def _check_wishes(wishes: Wishes) -> None:
         (wishes.price is not None, "--move-price", wishes.cap is not None, "--move-cap"),
         (wishes.steps is not None, "--steps", wishes.cap is not None, "--move-cap"),
         (bool(wishes.lost), "--lost", wishes.simulating, "--simulate"),
+        (wishes.balance is not None, "--balance", wishes.simulating, "--simulate"),
+        (wishes.budget is not None, "--budget", wishes.simulating, "--simulate"),
+        (wishes.contiguous, "--contiguous", wishes.simulating, "--simulate"),
+        (wishes.links[0] != 1.0, "--inside-weight", wishes.model is not None, "--model"),
         (wishes.slots is not None, "--slots", wishes.room is not None, "--slots-per-gpu"),
     )  # fmt: skip
+    if wishes.groups > 1 and not wishes.contiguous and not wishes.simulating:
+        raise InputError("needs --contiguous or --format permutation", key="--groups")
+    if wishes.links[0] != 1.0 and wishes.before is None:
+        raise InputError("needs --from: the map that is running now", key="--inside-weight")
     for one, key, other, name in clashes:
         if one and other:
             raise InputError(f"cannot stand beside {name}, expected one of them", key=key)
@@ -605,7 +624,7 @@ def _sample(
 
 
 def preview(question: Question) -> ExpertMap:
-    """Return a quick map with the slots that the answer will have, to ask a format whether it can be written."""
+    """Return a quick map with the slots that the answer will have (without a budget), to ask a format if it can write it."""
     problem = question.problem
     expert = first_deal(problem)
     rows = {layer: rows_of(problem, expert[place]) for place, layer in enumerate(problem.layers)}
@@ -637,8 +656,13 @@ def _answer(question: Question, clock: Clock) -> Placed:
         notes = []
         if price is None and wishes.cap is None:
             notes.append(
-                "as few copies move as can, since neither a price nor a cap of moves is given; the table shows what "
-                "more would buy"
+                "few copies move, since neither a price nor a cap of moves is given; the table shows what more would buy"
+            )
+        gone = int((~held.any(axis=1)).sum())
+        if gone:
+            notes.append(
+                f"{gone} experts, over all layers, have no copy left on any GPU: their first copies come from storage, "
+                "and count as between hosts"
             )
         if question.wishes.lost:
             notes.append("EP ranks are numbered anew, without those that are lost")
@@ -667,11 +691,14 @@ def _floored(question: Question, clock: Clock) -> Placed:
         asked, _share(wishes.balance, "--balance"), clock=clock, workers=wishes.workers, seed=wishes.seed
     )
     reached = float(balance_of(replace(problem, reach=(), sample=None), found.answer.expert).mean())
-    short = reached < wishes.balance
-    why = "no plan reaches it" if not clock.cut_short else "the time limit ended the search"
-    note = f"asked for a balance of {wishes.balance:g}, found {reached:.4f}" + (
-        f": {why}" if short or clock.cut_short else ""
-    )
+    most = float((problem.weights @ (1.0 / np.maximum(scenario_bounds(problem), 1.0))).mean())
+    note = f"asked for a balance of {wishes.balance:g}, found {reached:.4f}"
+    if clock.interrupted or clock.cut_short:
+        note += f": {'Ctrl-C' if clock.interrupted else 'the time limit'} ended the search"
+    elif most < wishes.balance - 1e-9:
+        note += f": no plan reaches it, the bound is {most:.4f}"
+    elif reached < wishes.balance - 1e-9:
+        note += ": no plan that was tried reaches it"
     return _placed(question, found.answer, clock, reach=found.curve, notes=(note,))
 
 

@@ -71,12 +71,13 @@ def share_slots(
     # No domain that copies may share but once has room for more slots than there are experts.
     fitting = problem.experts // int(np.bincount(problem.apart_of).max())
     most = max(least, min(fitting, budget // (ep * layers) + BEYOND))
-    answers = tuple(
-        place_experts(
-            replace(problem, room=np.full(ep, width)), clock=clock, workers=workers, seed=seed, kicks=kicks
-        )
-        for width in range(least, most + 1)
-    )
+    found = []
+    for width in range(least, most + 1):
+        wider = replace(problem, room=np.full(ep, width))
+        found.append(place_experts(wider, clock=clock, workers=workers, seed=seed, kicks=kicks))
+        if clock.over():
+            break
+    answers = tuple(found)
     objective = np.stack([answer.objective for answer in answers])
     return Shared(answers, best_shares(objective, budget // ep - least * layers))
 

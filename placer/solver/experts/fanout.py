@@ -36,11 +36,13 @@ TOLERANCE = 0.002
 class ReachPrice:
     """What a further domain reached costs: `domain_of` (ep,) the domain of each rank, `price` in the objective.
 
-    `price` is what one more domain, on the mean over tokens, adds to the objective of a layer.
+    `price` is what one more domain, on the mean over tokens, adds to the objective of a layer. `even` is how many a token
+    reaches at even routing: it stands for the reach of layers that no sample covers.
     """
 
     domain_of: Ints
     price: float
+    even: float = 0.0
 
 
 class Reach:

@@ -183,7 +183,9 @@ def _choose(
         pick = (objective + price * weighed).argmin(axis=0)
     elif cap is not None:
         if curve[0].moved > cap:
-            raise InputError(f"at least {curve[0].moved} copies must move to fill every slot, and {cap} may")
+            raise InputError(
+                f"the plan found with fewest moves moves {curve[0].moved} copies to fill every slot, and {cap} may"
+            )
         pick = within(total, objective, cap)
     else:
         pick = picks[0]
@@ -212,7 +214,7 @@ def _thinned(curve: Sequence[Point], most: int = 12) -> list[Point]:
 
 
 def refill(problem: ExpertProblem, held: Bools) -> Ints:
-    """Return (layers, slots) what ranks hold, with the fewest changes that give every expert a slot and fill every slot.
+    """Return (layers, slots) what ranks hold, with few changes that give every expert a slot and fill every slot.
 
     Experts without a copy go first, the heaviest first, to the rank with a free slot and least load; without a free
     slot they take that of the copy whose expert can best spare it. Slots left get copies of the hottest experts.
@@ -241,11 +243,8 @@ def _refilled(problem: ExpertProblem, held: Bools, heat: Floats) -> Ints:
             [~now[domain_of == domain_of[rank]].any(axis=0) for rank in np.flatnonzero(free)]
         )
         wanted = np.where(reachable.any(axis=0), heat / np.maximum(copies, 1), -1.0)
-        if wanted.max() < 0:
-            # Every expert is in each domain with room already: a second copy there is all that is left.
-            rank = int(np.flatnonzero(free)[0])
-            now[rank, int(np.where(now[rank], -1.0, heat / np.maximum(copies, 1)).argmax())] = True
-            continue
+        # A domain has no more slots than there are experts (`check_room`), so one with a free slot lacks some expert.
+        assert wanted.max() >= 0
         _give(now, int(wanted.argmax()), room, heat, domain_of, spare=False)
     return np.concatenate([np.flatnonzero(row) for row in now])
 
@@ -279,15 +278,15 @@ def _give(now: Bools, expert: int, room: Ints, heat: Floats, domain_of: Ints, *,
 def relabelled(problem: ExpertProblem, weights: Floats, expert: Ints) -> Ints:
     """Return slots (layers, slots) with ranks that are alike renamed, layer by layer, so that least is moved.
 
-    Ranks are alike with equal forms, room and speed; where hosts matter (reach of hosts, copies apart by host), whole
+    Ranks are alike with equal forms and room; where hosts matter (reach of hosts, copies apart by host), whole
     hosts change names and ranks inside them, else any alike ranks. An assignment problem for each layer.
     """
+    if problem.kinds is not None:
+        return expert
     kinds = _alike(problem)
     hosts_matter = any(len(np.unique(price.domain_of)) < problem.ep for price in problem.reach) or (
         len(np.unique(problem.apart_of)) < problem.ep
     )
-    if problem.kinds is not None:
-        return expert
     host_of = problem.host_of if hosts_matter else np.zeros(problem.ep, dtype=np.int64)
     first = problem.seats.first
     result = expert.copy()

@@ -36,6 +36,8 @@ KICKS, GATHER_KICKS, GATHER_STARTS = 24, 30, 4
 SMALL_TIMES = 3
 #: Tokens of a sample that kicks look at.
 SEARCH_TOKENS = 8192
+#: Slots of a layer, at most.
+MOST_SLOTS = 8192
 #: The most rounds of swaps in one descent.
 LONGEST_DESCENT, SHORT_DESCENT = 100, 10
 #: Swaps under the exact maximum after the smooth one, for a single scenario.
@@ -234,6 +236,10 @@ def check_room(problem: ExpertProblem) -> None:
     if problem.slots < problem.experts:
         raise InputError(
             f"{problem.slots} slots cannot hold {problem.experts} experts, expected at least one slot for each"
+        )
+    if problem.slots > MOST_SLOTS:
+        raise InputError(
+            f"{problem.slots} slots in a layer, expected at most {MOST_SLOTS}: the search compares every two of them"
         )
     by_domain = np.bincount(problem.apart_of, weights=problem.room).astype(np.int64)
     if by_domain.max() > problem.experts:
@@ -519,8 +525,9 @@ def loads_of(problem: ExpertProblem, expert: Ints) -> tuple[Floats, Floats]:
 
 
 def mean_reach(problem: ExpertProblem, expert: Ints) -> Floats:
-    """Return (prices, layers) the mean domains that a token of the sample reaches; 0 where the sample has no such layer."""
+    """Return (prices, layers) the mean domains that a token of the sample reaches; where it has no such layer, `even`."""
     reached = np.zeros((len(problem.reach), len(problem.layers)))
+    reached += np.array([price.even for price in problem.reach])[:, None]
     if problem.sample is None:
         return reached
     rank_of = problem.seats.rank_of
@@ -557,10 +564,17 @@ def even_times(problem: ExpertProblem) -> Floats:
 
 def layer_bounds(problem: ExpertProblem) -> Floats:
     """Return (layers,) lower bounds on the objective: those of every scenario by itself, and one domain per token."""
-    times = np.stack([_bound_of(problem, number) for number in range(len(problem.forms))])
+    times = scenario_bounds(problem)
     sampled = problem.sample.layers if problem.sample is not None else ()
     covered = np.isin(problem.layers, sampled)
-    return blended(problem, times) + covered * sum(price.price for price in problem.reach)
+    one = sum(price.price for price in problem.reach)
+    even = sum(price.price * price.even for price in problem.reach)
+    return blended(problem, times) + np.where(covered, one, even)
+
+
+def scenario_bounds(problem: ExpertProblem) -> Floats:
+    """Return (scenarios, layers) lower bounds on the time of each scenario by itself, reach left out."""
+    return np.stack([_bound_of(problem, number) for number in range(len(problem.forms))])
 
 
 def _bound_of(problem: ExpertProblem, scenario: int) -> Floats:

@@ -498,8 +498,8 @@ def reach_pricing(stage: ExpertStage) -> ReachPricing:
         notes.append(_prefill_note(stage, number, slowest, seconds[number]))
     price = stage.weights @ seconds
     reach = (
-        ReachPrice(np.arange(ep, dtype=np.int64), float(price[0])),
-        ReachPrice(stage.domain_of, float(price[1])),
+        ReachPrice(np.arange(ep, dtype=np.int64), float(price[0]), uniform[0]),
+        ReachPrice(stage.domain_of, float(price[1]), uniform[1]),
     )
     unsampled = float(stage.weights @ reckoned)
     return ReachPricing(reach, seconds, uniform, tuple(forms), unsampled, tuple(dict.fromkeys(notes)))

@@ -27,6 +27,8 @@ Ints = NDArray[np.int64]
 LEAST_GAIN = 1e-7
 #: The steepest exponent of a single slot's load, so that products of two stay within float64.
 STEEPEST = 300.0
+#: Swaps compared at once: 64 MiB for each array of them.
+CELLS = 2**23
 #: After a kick: how many of the hottest ranks of a layer are tried in a round, and for how many rounds at most.
 HOTTEST = 6
 ROUNDS_AFTER_KICK = 12
@@ -218,6 +220,11 @@ class Spread:
         With the pull W of a rank and feature (the derivative of the objective), rank r holds sum_f W_rf; after slot p
         leaves and q comes, sum_f W_rf exp(beta (x_q - x_p)).
         """
+        # Layers by layers, so that what is compared at once stays small.
+        most = max(1, CELLS // (hottest * self.seats_of.shape[1] * self.slots))
+        if len(layers) > most:
+            parts = [layers[first : first + most] for first in range(0, len(layers), most)]
+            return np.concatenate([self._round(part, hottest) for part in parts])
         pull = self._pull(layers)
         held = pull.sum(axis=2)
         hot = np.argsort(-held, axis=1, kind="stable")[:, :hottest]

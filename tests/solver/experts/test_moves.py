@@ -237,7 +237,7 @@ def test_a_cap_below_what_must_move_is_refused() -> None:
     problem, (_, answer) = small_problem(3), planned(3)
     held = held_in(problem, answer.expert)
     held[:, 0] = False
-    with pytest.raises(InputError, match="at least 6 copies must move to fill every slot, and 5 may"):
+    with pytest.raises(InputError, match="fewest moves moves 6 copies to fill every slot, and 5 may"):
         replan(problem, held, cap=5, workers=1)
     assert replan(problem, held, cap=6, workers=1).chosen.moved == 6
 
