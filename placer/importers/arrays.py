@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.errors import InputError
+from placer.spec.reading import read_bytes
 
 MAX_ARRAY_BYTES = 512 * 2**20
 
@@ -38,23 +39,6 @@ BAD_ARCHIVE = (
     RuntimeError,
     ValueError,
 )
-
-
-def read_bytes(path: Path, limit: int = MAX_ARRAY_BYTES) -> bytes:
-    """Return the bytes of a file of at most `limit` bytes; raise InputError otherwise."""
-    try:
-        if not path.exists():
-            raise InputError("no such file", file=str(path))
-        if not path.is_file():
-            raise InputError("is not a file", file=str(path))
-        with path.open("rb") as stream:
-            raw = stream.read(limit + 1)
-    except (OSError, ValueError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise InputError(f"cannot be read: {said}", file=str(path)) from None
-    if len(raw) > limit:
-        raise InputError(f"is larger than {limit / 2**20:g} MiB, the most that is read", file=str(path))
-    return raw
 
 
 def open_archive(raw: bytes, file: str) -> zipfile.ZipFile:
@@ -134,7 +118,7 @@ def parse_npy(raw: bytes, file: str, key: str | None = None) -> NDArray[Any]:
 
 def read_npy(path: Path) -> tuple[NDArray[Any], bytes]:
     """Return the array of an `.npy` file, and the bytes of the file."""
-    raw = read_bytes(path)
+    raw = read_bytes(path, MAX_ARRAY_BYTES)
     return parse_npy(raw, str(path)), raw
 
 

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from placer.errors import InputError
 from placer.importers.arrays import (
+    MAX_ARRAY_BYTES,
     listed,
     npz_names,
     open_archive,
     parse_npy,
-    read_bytes,
     read_npz_array,
 )
 from placer.importers.load_tables import (
@@ -42,7 +42,7 @@ from placer.importers.token_samples import (
     looks_like_choices,
 )
 from placer.importers.torch_file import parse_torch
-from placer.spec.reading import read_text
+from placer.spec.reading import read_bytes, read_text
 from placer.spec.routing import RoutingSample
 
 #: Names of an array of loads in an `.npz` file, the likeliest first.
@@ -121,7 +121,7 @@ def read_routing_sample(
     """
     path = Path(path)
     if path.suffix.lower() == ".npy":
-        found = [_Found(None, Choices(parse_npy(read_bytes(path), str(path))))]
+        found = [_Found(None, Choices(parse_npy(read_bytes(path, MAX_ARRAY_BYTES), str(path))))]
     else:
         found = _find(path, guess=True)
     choices = found[0].choices
@@ -250,7 +250,7 @@ def _find(path: Path, *, guess: bool) -> list[_Found]:
         if ending == ".json":
             return [replace(found, digest=digest) for found in _find_json(text, str(path))]
         return [_Found(loads_in_csv(text, str(path)), digest=digest)]
-    raw = read_bytes(path)
+    raw = read_bytes(path, MAX_ARRAY_BYTES)
     if ending == ".npy":
         found = _find_npy(raw, path, guess)
     elif ending == ".npz":

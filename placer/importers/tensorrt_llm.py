@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, deserialize
 
 from placer.errors import InputError
-from placer.importers.arrays import MAX_ARRAY_BYTES, first_line, read_bytes
+from placer.importers.arrays import MAX_ARRAY_BYTES, first_line
 from placer.importers.load_tables import MAX_LAYERS, spread
 from placer.importers.token_samples import MAX_EXPERTS, Choices
-from placer.spec.reading import read_document
+from placer.spec.reading import read_bytes, read_document
 
 META = "meta_info.json"
 NOTE = "TensorRT-LLM counts slots instead of experts where a load balancer was on while recording"

@@ -24,7 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.errors import InputError
-from placer.importers.arrays import MAX_ARRAY_BYTES, open_archive, read_bytes, read_entry
+from placer.importers.arrays import MAX_ARRAY_BYTES, open_archive, read_entry
+from placer.spec.reading import read_bytes
 
 MAX_PICKLE_BYTES = 64 * 2**20
 #: Lists, tuples, dicts, sets, marks, text and tensors in one file: an empty list is one byte there and 56 in memory.

@@ -95,8 +95,8 @@ def read_document(path: str | Path, limit: int = MAX_FILE_BYTES) -> Document:
     return Document(data=data, file=str(path), digest=digest, lines=lines)
 
 
-def read_text(path: str | Path, limit: int = MAX_FILE_BYTES) -> str:
-    """Return the text of a UTF-8 file of at most `limit` bytes; raise InputError otherwise."""
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """Return the bytes of a file of at most `limit` bytes; raise InputError otherwise."""
     path = Path(path)
     try:
         if not path.exists():
@@ -105,10 +105,17 @@ def read_text(path: str | Path, limit: int = MAX_FILE_BYTES) -> str:
             raise InputError("is not a file", file=str(path))
         with path.open("rb") as stream:
             raw = stream.read(limit + 1)
-    except OSError as error:
-        raise InputError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot be read: {said}", file=str(path)) from None
     if len(raw) > limit:
         raise InputError(f"is larger than {limit / 2**20:g} MiB, the most that is read", file=str(path))
+    return raw
+
+
+def read_text(path: str | Path, limit: int = MAX_FILE_BYTES) -> str:
+    """Return the text of a UTF-8 file of at most `limit` bytes; raise InputError otherwise."""
+    raw = read_bytes(path, limit)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

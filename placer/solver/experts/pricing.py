@@ -460,14 +460,6 @@ class ReachPricing:
     notes: tuple[str, ...]
 
 
-def reach_prices(stage: ExpertStage) -> tuple[ReachPrice, ...]:
-    """Return the price of a further rank and of a further host reached, in seconds of one layer, weighted over scenarios.
-
-    To be used with the forms of `reach_pricing`, or the exchange counts twice.
-    """
-    return reach_pricing(stage).reach
-
-
 def reach_pricing(stage: ExpertStage) -> ReachPricing:
     """Return what reach costs by the stage's exchange, scenario by scenario, and the forms that leave it out."""
     ep = stage.shape.ep

@@ -24,7 +24,6 @@ from placer.solver.experts.pricing import (
     from_problem,
     links,
     move_seconds,
-    reach_prices,
     reach_pricing,
     uniform_reach,
 )
@@ -122,7 +121,7 @@ def test_deepseek_prefill_by_hand():
     dispatch = 7392 / (50e9 * 0.88)
     combine = 14336 / (50e9 * 1.08 * (1 - 0.889 / 4))
     by_hand = 0.75 * 4096 * (dispatch + combine)
-    rank, host = reach_prices(setting().stage)
+    rank, host = reach_pricing(setting().stage).reach
     assert rank.price == 0.0
     assert host.price == pytest.approx(by_hand)
     np.testing.assert_array_equal(host.domain_of, np.repeat(np.arange(4), 8))
@@ -233,8 +232,8 @@ def test_in_decode_any_placement_sends_as_many_copies_between_hosts(seed: int):
 
 def test_scenarios_count_by_weight():
     both = setting(phases=("prefill", "decode"), tokens_per_gpu=(4096, 128), weights=(1.0, 3.0)).stage
-    alone = reach_prices(setting().stage)[1].price
-    assert reach_prices(both)[1].price == pytest.approx(alone / 4)
+    alone = reach_pricing(setting().stage).reach[1].price
+    assert reach_pricing(both).reach[1].price == pytest.approx(alone / 4)
     pricing = reach_pricing(both)
     np.testing.assert_allclose(pricing.seconds, [[0, alone], [0, 0]])
     assert pricing.unsampled == pytest.approx(alone / 4 * pricing.uniform[1])
@@ -247,7 +246,7 @@ def test_hosts_of_unequal_size_are_priced_by_the_one_that_sends_most():
     dispatch = 4096 * hits[0] * 7392 / (50e9 * (1 - 0.48 / 2))
     combine = 4096 * hits[0] * 14336 / (50e9 * 1.08 * (1 - 0.889 / 2))
     np.testing.assert_array_equal(stage.domain_of, [0] * 6 + [1] * 2)
-    assert reach_prices(stage)[1].price == pytest.approx((dispatch + combine) / sum(hits))
+    assert reach_pricing(stage).reach[1].price == pytest.approx((dispatch + combine) / sum(hits))
 
 
 def test_one_rank_exchanges_nothing():
@@ -257,7 +256,7 @@ def test_one_rank_exchanges_nothing():
 
 
 def test_prices_grow_with_tokens():
-    prices = [reach_prices(setting(tokens_per_gpu=(tokens,)).stage)[1].price for tokens in (1, 1000)]
+    prices = [reach_pricing(setting(tokens_per_gpu=(tokens,)).stage).reach[1].price for tokens in (1, 1000)]
     assert prices[1] == pytest.approx(1000 * prices[0])
 
 
@@ -433,7 +432,7 @@ def test_the_same_from_a_problem(tmp_path: Path):
     for mine, theirs in zip(reach_pricing(stage).reach, reach_pricing(same).reach, strict=True):
         assert mine.price == pytest.approx(theirs.price, rel=1e-12)
         np.testing.assert_array_equal(mine.domain_of, theirs.domain_of)
-    assert any(price.price > 0 for price in reach_prices(stage))
+    assert any(price.price > 0 for price in reach_pricing(stage).reach)
 
 
 def test_ranks_take_the_gpus_that_may_be_used(tmp_path: Path):
