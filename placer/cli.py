@@ -24,19 +24,23 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from placer.errors import ExportError, InputError, PlacerError
+from placer.errors import ExportError, InputError, PlacerError, SolverError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
+    from placer.audit.placements import AuditWishes
     from placer.placement import Placement
     from placer.problem import Problem
+    from placer.report.explanation import Explanation
     from placer.solver.clock import Clock
     from placer.solver.search import Progress, Result
 
 DONE, FALSE, BAD_INPUT, NOTHING_FOUND, FAULT, INTERRUPTED = 0, 1, 2, 3, 70, 130
 MAX_TIME_LIMIT = 1e7
+#: Seconds that an explanation may take where a search has found that there is nothing, at least.
+EXPLAIN_SECONDS = 10.0
 MAX_WORKERS = 64
 #: What CP-SAT takes.
 MAX_SEED = 2**31 - 1
@@ -170,7 +174,7 @@ def solve(
         _talk("stopped by Ctrl-C before a placement was found and checked; nothing was written")
         return NOTHING_FOUND
     if found is None:
-        return _nothing(loaded, problem, result, clock, as_json)
+        return _nothing(loaded, problem, result, clock, as_json, seed)
     from placer.placement import dump_json, save_placement
     from placer.report.terminal import placement_report
 
@@ -206,25 +210,19 @@ def _search(
     return problem, clock, result, placement
 
 
-def _nothing(problem: Problem, file: str, result: Result, clock: Clock, as_json: bool) -> int:
-    """Tell that there is no placement, proven or not, and return the exit code."""
-    code = FALSE if result.status == "infeasible" else NOTHING_FOUND
+def _nothing(problem: Problem, file: str, result: Result, clock: Clock, as_json: bool, seed: int) -> int:
+    """Tell that there is no placement, and why, or that none was found, and return the exit code."""
+    told = _explanation(problem, result, clock, seed)
+    if told is not None and told.status == "infeasible":
+        return _explained(told, as_json, _unsolved(result, clock))
     if as_json:
-        bound = result.bound if result.bound is not None and math.isfinite(result.bound) else None
-        told = {
-            "status": result.status,
-            "reasons": result.reasons,
-            "bound_s": bound,
-            "candidates": result.candidates,
-            "cut_short": result.cut_short or clock.interrupted,
-        }
-        _print(json.dumps(told, indent=1))
-        return code
+        _print(json.dumps(_unsolved(result, clock), indent=1))
+        return FALSE if result.status == "infeasible" else NOTHING_FOUND
     from placer.report.terminal import no_placement_report, nothing_found_report
 
     if result.status == "infeasible":
         _show(no_placement_report(problem.model.name, problem.cluster.name, file, result.reasons), wrap=False)
-        return code
+        return FALSE
     if clock.interrupted:
         headline = f"Nothing was found in the {clock.elapsed:.1f} s before Ctrl-C"
     elif result.status == "out of time":
@@ -232,7 +230,30 @@ def _nothing(problem: Problem, file: str, result: Result, clock: Clock, as_json:
     else:
         headline = "Nothing was found by the ways there are of building a placement"
     _show(nothing_found_report(headline, result.reasons), wrap=False)
-    return code
+    return NOTHING_FOUND
+
+
+def _unsolved(result: Result, clock: Clock) -> dict[str, Any]:
+    bound = result.bound if result.bound is not None and math.isfinite(result.bound) else None
+    return {
+        "status": result.status,
+        "reasons": result.reasons,
+        "bound_s": bound,
+        "candidates": result.candidates,
+        "cut_short": result.cut_short or clock.interrupted,
+    }
+
+
+def _explanation(problem: Problem, result: Result, clock: Clock, seed: int) -> Explanation | None:
+    """Return why a search found nothing; None where it was the time that ran out."""
+    if result.status == "out of time" or clock.interrupted:
+        return None
+    from placer.explain import explaining
+
+    told = explaining.check(problem, time_limit=max(EXPLAIN_SECONDS, clock.left()), seed=seed)
+    if told.status == "feasible" and result.status == "infeasible":
+        raise SolverError("a placement was said not to exist and then found, which is a fault in placer")
+    return told
 
 
 def _check_numbers(time_limit: float, workers: int, seed: int) -> None:
@@ -298,6 +319,42 @@ def _progress(clock: Clock) -> Iterator[Callable[[Progress], None] | None]:
         yield view.tell
 
 
+# check
+
+
+@app.command()
+def check(
+    problem: ProblemArgument,
+    time_limit: Annotated[float, typer.Option(metavar="SECONDS", help="Stop after so many seconds.")] = 20.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same answer.")] = 0,
+    strategy: StrategyOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Tell whether anything fits, and if not: the smallest conflict, and the smallest ways out of it.
+
+    Exit 1 when it is proven that nothing fits, 3 when that was not decided in the time.
+    """
+    _check_numbers(time_limit, 1, seed)
+    from placer.problem import load_problem
+
+    loaded = load_problem(problem, strategy)
+    from placer.explain import explaining
+
+    return _explained(explaining.check(loaded, time_limit=time_limit, seed=seed), as_json)
+
+
+def _explained(told: Explanation, as_json: bool, beside: dict[str, Any] | None = None) -> int:
+    """Show an explanation, in JSON with what a search has to say `beside` it, and return the exit code."""
+    from placer.report.explanation import explanation_report
+
+    code = {"feasible": DONE, "infeasible": FALSE}.get(told.status, NOTHING_FOUND)
+    if as_json:
+        _print(json.dumps((beside or {}) | told.as_json(), indent=1))
+    else:
+        _show(explanation_report(told), wrap=False)
+    return code
+
+
 # verify
 
 
@@ -338,6 +395,159 @@ def verify(
         "the bound is compared with the objective and not proven again"
     )
     return DONE
+
+
+# audit
+
+
+@app.command()
+def audit(
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FILE",
+            help="A plan file; or files that say where ranks, layers and experts go: a placement, ranks.tsv, a Slurm "
+            "host file, an Open MPI rank file, an expert map, a Megatron layout.",
+            show_default=False,
+        ),
+    ] = None,
+    problem: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PROBLEM", help="Problem file that launcher files are held against.", show_default=False
+        ),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Cluster file, with --model instead of --problem.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Model card or config.json.", show_default=False)
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Degrees of launcher files, such as EP8_TP2_PP1.", show_default=False
+        ),
+    ] = None,
+    phase: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="decode (unless told) or prefill; with --model.", show_default=False
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Sequences of a step, 128 unless told; with --model.", show_default=False
+        ),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Tokens of a sequence, 4096 unless told; with --model.", show_default=False
+        ),
+    ] = None,
+    loads: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Expert loads, even unless told; with --model.", show_default=False
+        ),
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT", help="Megatron pipeline layout: Et*3|(tt|)*29,m|L.", show_default=False
+        ),
+    ] = None,
+    vpp: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", help="Virtual stages of each pipeline rank of a layout.", show_default=False
+        ),
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as",
+            metavar="KIND",
+            help="What a FILE is, once for each: placement, ranks, slurm, openmpi, layout, expert-map or a format of "
+            "one, auto; by its content unless told.",
+            show_default=False,
+        ),
+    ] = None,
+    local_gpus: Annotated[
+        str,
+        typer.Option(
+            metavar="WORD", help="GPUs of the ranks of a host, in order: all, usable, or indices: 3,1,0,2."
+        ),
+    ] = "all",
+    time_limit: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Stop solving after so many seconds.")
+    ] = 20.0,
+    workers: Annotated[int, typer.Option(metavar="N", help="Threads of the solver, 1 to 64.")] = 2,
+    seed: Annotated[int, typer.Option(metavar="N", help="The same seed gives the same answer.")] = 0,
+    no_solve: Annotated[
+        bool, typer.Option("--no-solve", help="Leave open what only solving can tell, such as `optimal`.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Hold each claim of a written plan to its arithmetic; exit 1 when one is refuted.
+
+    Or say what the placement in launcher files costs, against --problem or --cluster and --model; exit 1 when
+    something is wrong with it.
+    """
+    _check_numbers(time_limit, workers, seed)
+    from placer.audit.plans import is_plan
+
+    files = files or []
+    # An expert map may be YAML as well, but a plan names its model and cluster itself.
+    against = problem or cluster or model or layout
+    if not against and any(is_plan(file) for file in files):
+        return _audit_plan(files, None if no_solve else (time_limit, workers, seed), as_json)
+    from placer.audit.placements import AuditWishes
+    from placer.audit.stated_problem import StatedProblem
+
+    stated = StatedProblem(
+        problem=problem, cluster=cluster, model=model, strategy=strategy, batch=batch, length=length, phase=phase,
+        loads=loads,
+    )  # fmt: skip
+    wishes = AuditWishes(
+        problem=stated, kinds=tuple(kinds or ()), layout=layout, vpp=vpp, local_gpus=local_gpus, solve=not no_solve,
+        time_limit=time_limit, workers=workers, seed=seed,
+    )  # fmt: skip
+    return _audit_placement(files, wishes, as_json)
+
+
+def _audit_placement(files: Sequence[str], wishes: AuditWishes, as_json: bool) -> int:
+    from placer.audit.placements import audit_files
+
+    told = audit_files(files, wishes)
+    if as_json:
+        _print(json.dumps(told.as_json(), indent=1))
+    else:
+        from placer.report.audit_placement import audit_report
+
+        _show(audit_report(told), wrap=False)
+    return FALSE if told.wrong else DONE
+
+
+def _audit_plan(files: Sequence[str], solving: tuple[float, int, int] | None, as_json: bool) -> int:
+    from placer.audit.plans import audit_plan
+    from placer.audit.solving import Solver
+
+    if len(files) > 1:
+        raise InputError("stands beside other files, expected one plan file alone", file=files[1])
+    found = audit_plan(files[0], None if solving is None else Solver(*solving))
+    if as_json:
+        _print(json.dumps(found.to_data(), indent=1))
+    else:
+        from placer.report.audit import audit_report
+
+        _show(audit_report(found.name, found.source, found.verdicts, found.counts))
+    return FALSE if found.counts["refuted"] else DONE
 
 
 # experts

@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from placer.errors import InputError, nearest
 from placer.importers.huggingface import import_model
 from placer.importers.routing import read_expert_loads, zipf_loads
 from placer.spec.cluster import Cluster, load_cluster
 from placer.spec.model import ModelCard, load_model
+from placer.spec.names import Host
 from placer.spec.problem import ProblemFile
-from placer.spec.reading import Document, read_document, validate
-from placer.spec.requirements import Requirements
+from placer.spec.reading import MAX_FILE_BYTES, Document, KeyPath, read_document, validate
+from placer.spec.requirements import MOST, Requirements, split_seat
 from placer.spec.workload import LoadFile, Scenario, normalised
 from placer.strategy import Shape, StrategyRequest, shape_problem
 
@@ -30,7 +31,9 @@ class Problem:
     """Everything a placement is made from.
 
     `loads` is (scenarios, layers, experts): the share of a layer's routed tokens that each expert gets, rows of dense
-    layers zero. `digests` names the SHA-256 of every input.
+    layers zero. `digests` names the SHA-256 of every input. `document` is the problem file, where there is one. `since`
+    is (ranks,) GPU numbers of the placement that `max_moves` names, -1 for GPUs the cluster has not. `island` is a mask
+    (gpus,) that a search confines itself to, where not all GPUs reach one another.
     """
 
     name: str
@@ -43,6 +46,9 @@ class Problem:
     requirements: Requirements
     digests: dict[str, str] = field(default_factory=dict)
     generated_loads: tuple[str, ...] = ()
+    document: Document | None = field(default=None, repr=False, compare=False)
+    since: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
+    island: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def weights(self) -> NDArray[np.float64]:
@@ -62,7 +68,86 @@ class Problem:
         for host, indices in self.requirements.exclude.items():
             for index in indices:
                 allowed[self.cluster.number[host, index]] = False
-        return allowed
+        return allowed if self.island is None else np.asarray(allowed & self.island)
+
+    @cached_property
+    def islands(self) -> tuple[NDArray[np.bool_], ...]:
+        """(gpus,) masks of allowed GPUs that can all reach one another: a placement is inside one of them."""
+        found: dict[bytes, NDArray[np.bool_]] = {}
+        for mask in self.cluster.islands:
+            own = np.asarray(mask & self.allowed)
+            if own.any():
+                found.setdefault(own.tobytes(), own)
+        return tuple(found.values())
+
+    @cached_property
+    def pinned(self) -> NDArray[np.bool_]:
+        """(gpus,) whether a GPU must hold a rank, by `pin_gpus`."""
+        pinned = np.zeros(self.cluster.gpus, dtype=bool)
+        for host, indices in self.requirements.pin_gpus.items():
+            for index in indices:
+                pinned[self.cluster.number[host, index]] = True
+        return pinned
+
+    def seat_mask(self, seat: str) -> NDArray[np.bool_]:
+        """Return (gpus,) the GPUs that `node01` or `node01/3` means."""
+        host, index = split_seat(seat)
+        if index is not None:
+            mask = np.zeros(self.cluster.gpus, dtype=bool)
+            mask[self.cluster.number[host, index]] = True
+            return mask
+        return np.asarray(self.cluster.host_of == self.cluster.host_number[host])
+
+    @cached_property
+    def rank_masks(self) -> dict[int, NDArray[np.bool_]]:
+        """(gpus,) where a rank may be, by rank, of ranks that `pin_ranks` or `exclude_ranks` name."""
+        masks: dict[int, NDArray[np.bool_]] = {}
+        for rank, seat in self.requirements.pin_ranks.items():
+            masks[rank] = self.seat_mask(seat)
+        for rank, seats in self.requirements.exclude_ranks.items():
+            mask = masks.get(rank, np.ones(self.cluster.gpus, dtype=bool))
+            for seat in seats:
+                mask = mask & ~self.seat_mask(seat)
+            masks[rank] = mask
+        return masks
+
+    @cached_property
+    def step_limits(self) -> tuple[float, ...]:
+        """(scenarios,) the longest step that the time limits leave, in seconds; infinite where none is stated."""
+        return tuple(
+            min((limit for _, limit in self.limits_of(scenario)), default=float("inf"))
+            for scenario in self.scenarios
+        )
+
+    def limits_of(self, scenario: Scenario) -> list[tuple[str, float]]:
+        """Return every limit on the step of a scenario: the requirement's key path and seconds."""
+        stated = self.requirements
+        limits: list[tuple[str, float]] = []
+        if scenario.name in stated.max_step:
+            limits.append((f"max_step.{scenario.name}", stated.max_step[scenario.name]))
+        if stated.max_ttft is not None and scenario.phase == "prefill":
+            limits.append(("max_ttft", stated.max_ttft))
+        if stated.max_tpot is not None and scenario.phase == "decode":
+            limits.append(("max_tpot", stated.max_tpot))
+        if scenario.name in stated.min_throughput:
+            limits.append(
+                (f"min_throughput.{scenario.name}", scenario.tokens / stated.min_throughput[scenario.name])
+            )
+        return limits
+
+    def expert_masks(self, layer: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return (expert, EP rank) pairs of an MoE layer that must hold, and that must not, by the pins of experts."""
+        both: list[list[tuple[int, int]]] = []
+        for pins in (self.requirements.pin_experts, self.requirements.exclude_experts):
+            pairs = {
+                (expert, rank)
+                for pin in pins
+                if pin.layer_numbers is None or layer in pin.layer_numbers
+                for expert in pin.experts
+                for rank in pin.ep
+            }
+            both.append(sorted(pairs))
+        return both[0], both[1]
 
     @cached_property
     def memory_limit(self) -> NDArray[np.int64]:
@@ -71,6 +156,10 @@ class Problem:
         limit = (
             np.floor(self.cluster.memory_bytes * (1 - reserve)).astype(np.int64) - self.cluster.memory_taken
         )
+        for number, gpu_type in enumerate(self.cluster.types):
+            most = self.requirements.max_memory.get(gpu_type.name)
+            if most is not None:
+                limit = np.where(self.cluster.type_of == number, np.minimum(limit, most), limit)
         return np.asarray(np.maximum(limit, 0))
 
     @property
@@ -87,6 +176,10 @@ class Problem:
         """Return the same problem under another strategy request."""
         return replace(self, request=request)
 
+    def within(self, island: NDArray[np.bool_]) -> Problem:
+        """Return the same problem confined to the GPUs of a mask."""
+        return replace(self, island=island)
+
 
 def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
     """Read a problem file and every file it names.
@@ -101,6 +194,7 @@ def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
     _check_references(spec, document, cluster)
     loads, generated = _loads(spec, document, model, digests)
     _check_copies(spec, document, model, cluster)
+    _check_pins(spec, document, model)
     request = _request(spec.strategy if strategy is None else strategy, document, strategy is not None)
     problem = Problem(
         name=spec.name or _name_of(path),
@@ -113,6 +207,8 @@ def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
         requirements=spec.requirements,
         digests=digests,
         generated_loads=generated,
+        document=document,
+        since=_since(spec, document, cluster, digests),
     )
     _check_request(problem, document)
     return problem
@@ -160,32 +256,119 @@ def _beside(document: Document, name: str, at: tuple[str, ...]) -> Path:
 
 def _check_references(spec: ProblemFile, document: Document, cluster: Cluster) -> None:
     levels = [level.name for level in cluster.levels]
-    for key in ("tp_within", "ep_within"):
+    for key in ("tp_within", "ep_within", "replicas_across"):
         name = getattr(spec.requirements, key)
         if name is not None and name not in levels:
             raise document.error(
                 ("requirements", key),
                 f"names the level `{name}`; the cluster has {', '.join(levels)}{nearest(name, levels)}",
             )
-    for host, indices in spec.requirements.exclude.items():
-        if host not in cluster.hosts:
-            hint = nearest(host, cluster.hosts)
+    for key in ("exclude", "pin_gpus"):
+        for host, indices in getattr(spec.requirements, key).items():
+            _check_gpus(document, ("requirements", key, host), cluster, host, indices)
+    for rank, seat in spec.requirements.pin_ranks.items():
+        _check_seat(document, _numbered(document, "pin_ranks", rank), cluster, seat)
+    for rank, seats in spec.requirements.exclude_ranks.items():
+        for seat in seats:
+            _check_seat(document, _numbered(document, "exclude_ranks", rank), cluster, seat)
+    types = [gpu_type.name for gpu_type in cluster.types]
+    for name in spec.requirements.max_memory:
+        if name not in types:
             raise document.error(
-                ("requirements", "exclude", host), f"names the host `{host}`, which the cluster has not{hint}"
+                ("requirements", "max_memory", name),
+                f"names the GPU type `{name}`, which no host has{nearest(name, types)}",
             )
-        for index in indices:
-            if (host, index) not in cluster.number:
-                raise document.error(
-                    ("requirements", "exclude", host),
-                    f"names GPU {index} of `{host}`, which the cluster has not",
-                )
     scenarios = [scenario.name for scenario in spec.workload.scenarios]
-    for name in spec.requirements.max_step:
-        if name not in scenarios:
-            raise document.error(
-                ("requirements", "max_step", name),
-                f"names the scenario `{name}`, which the workload has not{nearest(name, scenarios)}",
+    for key in ("max_step", "min_throughput"):
+        for name in getattr(spec.requirements, key):
+            if name not in scenarios:
+                raise document.error(
+                    ("requirements", key, name),
+                    f"names the scenario `{name}`, which the workload has not{nearest(name, scenarios)}",
+                )
+
+
+def _numbered(document: Document, key: str, number: int) -> KeyPath:
+    """Return the key path of a number that is a key: JSON, TOML and quotes in YAML make it text."""
+    stated = document.data["requirements"][key]
+    return ("requirements", key, number if number in stated else str(number))
+
+
+def _check_gpus(document: Document, at: KeyPath, cluster: Cluster, host: str, indices: list[int]) -> None:
+    if host not in cluster.host_number:
+        hint = nearest(host, cluster.hosts)
+        raise document.error(at, f"names the host `{host}`, which the cluster has not{hint}")
+    for index in indices:
+        if (host, index) not in cluster.number:
+            shown = f"GPU {index}" if abs(index) <= MOST else "a GPU of more than 9 digits"
+            raise document.error(at, f"names {shown} of `{host}`, which the cluster has not")
+
+
+def _check_seat(document: Document, at: KeyPath, cluster: Cluster, seat: str) -> None:
+    host, index = split_seat(seat)
+    _check_gpus(document, at, cluster, host, [] if index is None else [index])
+
+
+def _check_pins(spec: ProblemFile, document: Document, model: ModelCard) -> None:
+    """Refuse pins of layers and experts that the model has not."""
+    for key in ("pin_layers", "exclude_layers"):
+        for layer in getattr(spec.requirements, key):
+            if layer >= model.layer_count:
+                raise document.error(
+                    _numbered(document, key, layer),
+                    f"names layer {layer}, but {model.name} has the layers 0 to {model.layer_count - 1}",
+                )
+    experts, moe_layers = model.moe.experts if model.moe else 0, set(model.moe_layers)
+    for key in ("pin_experts", "exclude_experts"):
+        for number, pin in enumerate(getattr(spec.requirements, key)):
+            at = ("requirements", key, number)
+            if max(pin.experts) >= experts:
+                has = f"the experts 0 to {experts - 1}" if experts else "no experts"
+                raise document.error(at, f"names expert {max(pin.experts)}, but {model.name} has {has}")
+            for layer in pin.layer_numbers or ():
+                if layer not in moe_layers:
+                    raise document.error(at, f"names layer {layer}, which is no MoE layer of {model.name}")
+
+
+class _SeatBefore(BaseModel):
+    """What `max_moves` reads of a rank in an earlier placement."""
+
+    rank: int = Field(strict=True, ge=0, le=MOST)
+    host: Host
+    gpu: int = Field(strict=True, ge=0, le=MOST)
+
+
+def _since(
+    spec: ProblemFile, document: Document, cluster: Cluster, digests: dict[str, str]
+) -> NDArray[np.int64] | None:
+    """Return (ranks,) GPU numbers of the placement that `max_moves` names, -1 where the cluster has not that GPU."""
+    stated = spec.requirements.max_moves
+    if stated is None:
+        return None
+    at = ("requirements", "max_moves", "since")
+    path = _beside(document, stated.since, at)
+    # Placements are JSON and may be large; as much YAML would take hours to read.
+    part = read_document(path, limit=512 * 2**20 if path.suffix.lower() == ".json" else MAX_FILE_BYTES)
+    rows = part.data.get("ranks") if isinstance(part.data, dict) else None
+    if not isinstance(rows, list) or not rows:
+        raise document.error(at, f"names `{stated.since}`, which is no placement: it lists no `ranks`")
+    digests["placement before"] = part.digest
+    seats: dict[int, int] = {}
+    for number, row in enumerate(rows):
+        place = ("ranks", number)
+        if not isinstance(row, dict):
+            raise part.error(
+                place, "is no rank of a placement, expected a mapping with `rank`, `host` and `gpu`"
             )
+        seat = validate(_SeatBefore, part, row, place)
+        if seat.rank in seats:
+            raise part.error(place, f"states rank {seat.rank} a second time")
+        if seat.rank >= len(rows):
+            raise part.error(
+                place, f"states rank {seat.rank}, but there are {len(rows)} ranks, numbered from 0"
+            )
+        seats[seat.rank] = cluster.number.get((seat.host, seat.gpu), -1)
+    return np.array([seats[rank] for rank in range(len(rows))], dtype=np.int64)
 
 
 def _check_copies(spec: ProblemFile, document: Document, model: ModelCard, cluster: Cluster) -> None:

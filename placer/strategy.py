@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice, pairwise
+from math import isqrt
 from typing import Any, Literal
 
 import numpy as np
@@ -282,10 +284,12 @@ _GRIDS = (
     _Grid(1, 1, "whole", every_edp=False),
 )
 MOST_STRATEGIES = 3500
+#: Every degree there can be, for a question whose answer may be no.
+_EVERY = _Grid(10**6, 10**6, "every")
 
 
 def enumerate_strategies(
-    model: ModelCard, request: StrategyRequest, gpus: int, slots: int
+    model: ModelCard, request: StrategyRequest, gpus: int, slots: int, *, every: bool = False
 ) -> Iterator[Strategy]:
     """Yield the strategies of like stages that the model allows on at most `gpus` GPUs, and that `request` allows.
 
@@ -302,12 +306,14 @@ def enumerate_strategies(
     Where that is more than MOST_STRATEGIES, as on some 200 GPUs or more in `auto`, the set is thinned: every pp only
     up to 8, and etp 1, tp or what fills a TP group or the stage; then every dp only up to 4; then every pp up to 4, dp
     up to 2, and only a power of two of EDP copies; on thousands of GPUs pp a power of two, and etp 1 or tp.
+
+    With `every`, all pp and dp there are come first, where they are no more than MOST_STRATEGIES.
     """
     if request.stages is not None:
         yield Strategy(tuple(stage.shape() for stage in request.stages))
         return
     found: list[Strategy] = []
-    for grid in _GRIDS:
+    for grid in (_EVERY, *_GRIDS) if every else _GRIDS:
         most = None if grid is _GRIDS[-1] else MOST_STRATEGIES + 1
         found = list(islice(_like_stages(model, request, gpus, slots, grid), most))
         if len(found) <= MOST_STRATEGIES:
@@ -344,8 +350,10 @@ def _head_limit(model: ModelCard) -> int:
     return int(np.gcd.reduce([group.attention.heads for group in model.groups]))
 
 
-def _divisors(number: int) -> list[int]:
-    return [value for value in range(1, number + 1) if number % value == 0]
+@cache
+def _divisors(number: int) -> tuple[int, ...]:
+    small = [value for value in range(1, isqrt(number) + 1) if number % value == 0]
+    return tuple(sorted({*small, *(number // value for value in small)}))
 
 
 def _data_parallel_degrees(

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from placer.errors import InputError
 from placer.placement import Placement, load_placement, plan_of, save_placement
 from placer.problem import Problem, load_problem
+from placer.spec.requirements import ExpertPin, MoveLimit
 from placer.strategy import StrategyRequest
 from placer.verify import Finding, broken_decisions, check_placement
 from tests.conftest import Solved
@@ -600,6 +601,31 @@ def checked(placement: Placement) -> Data:
     return data
 
 
+#: Every check at work at once, most of them with something to find.
+DEMANDING = tightened(
+    max_gpus=15,
+    max_memory={"h100-80g": 2**30},
+    pin_gpus={"big01": [0, 2]},
+    pin_ranks={0: "small01", 3: "big01/0", 40: "big02"},
+    exclude_ranks={1: ["big01", "small01/7"], 40: ["big02"]},
+    pin_layers={0: 0, 6: 0, 3: 7},
+    exclude_layers={1: [0, 9]},
+    pin_experts=[ExpertPin(experts=[0, 7], ep=[0, 9])],
+    exclude_experts=[ExpertPin(experts=[1, 2], ep=[3, 9], layers="2,6")],
+    ep_within="nvlink",
+    replicas_across="rack",
+    max_slots=2,
+    max_imbalance=1.0,
+    divide_evenly=["layers", "vocabulary", "batch"],
+    max_step={"decode": 1e-6},
+    max_ttft=1e-6,
+    max_tpot=1e-6,
+    min_throughput={"prefill": 1e12},
+    launcher="sglang",
+    max_moves=MoveLimit(since="old.json", ranks=0),
+)
+
+
 @given(source=st.data())
 @settings(
     max_examples=400,
@@ -623,5 +649,8 @@ def test_random_edits_never_crash_the_check_nor_pass_it(
         return
     findings = check_placement(placement, small_solved.problem)
     assert all(str(finding) for finding in findings)
+    assert all(
+        str(finding).isprintable() for finding in check_placement(placement, DEMANDING(small_solved.problem))
+    )
     if checked(placement) != checked(small_solved.placement):
         assert findings, "the file was changed, and nothing was found"

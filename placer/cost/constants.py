@@ -58,7 +58,7 @@ def table() -> dict[str, Any]:
 
 
 #: Raised whenever a formula of the latency or memory model changes, so that a placement knows what priced it.
-MODEL_VERSION = 1
+MODEL_VERSION = 2
 
 
 @cache
@@ -68,6 +68,7 @@ def model_digest() -> str:
     return hashlib.sha256(f"{MODEL_VERSION}\n{text}".encode()).hexdigest()
 
 
+@cache
 def known_terms() -> dict[str, set[str]]:
     """Return the parameters of every term that the table knows."""
     terms: dict[str, set[str]] = {}

@@ -68,6 +68,33 @@ def activations(problem: Problem, shape: Shape) -> int:
     return max(MIN_ACTIVATION_BYTES, ceil(width * most * model.hidden * factor))
 
 
+def weight_bytes(problem: Problem) -> int:
+    """Return the weight bytes of the whole model with its redundant experts, each held once: no placement holds less."""
+    model = problem.model
+    alone = Shape()
+    total = sum(
+        sum(layer_weights(model, model.groups[group], alone, problem.slots).values())
+        for group in model.group_of
+    )
+    width = BYTES_PER_VALUE[model.dtypes.embedding]
+    total += int((model.embedding + model.head) * width) + 2 * model.final_norm + model.other_parameters * 2
+    # Rounding of single parts goes up, by a byte each at most.
+    return int(total) - 4 * (model.layer_count + 1)
+
+
+def least_activations(problem: Problem) -> int:
+    """Return the fewest bytes of activations that the ranks of one stage hold together, whatever its degrees."""
+    factors = _ACTIVATION_FACTORS[problem.model.moe is not None]
+    # dp ranks share the sequences out, tp ranks each hold a part that shrinks more slowly than 1 / tp.
+    least = min(degree * factor for degree, factor in factors.items())
+    width = BYTES_PER_VALUE[problem.model.dtypes.activations]
+    most = max(
+        ceil(scenario.batch / scenario.micro_batches) * (scenario.tokens // scenario.batch)
+        for scenario in problem.scenarios
+    )
+    return int(width * most * problem.model.hidden * least)
+
+
 def stage_memory(
     problem: Problem, shape: Shape, first: int, last: int, is_first: bool, is_last: bool
 ) -> dict[str, int]:
@@ -76,13 +103,20 @@ def stage_memory(
     `is_first` stages hold the embedding, `is_last` ones the head (a copy of the embedding where the two are tied and
     stand on different stages).
     """
+    group_of = problem.model.group_of[first:last]
+    counts = tuple(group_of.count(group) for group in range(len(problem.model.groups)))
+    return memory_of(problem, shape, counts, is_first, is_last)
+
+
+def memory_of(
+    problem: Problem, shape: Shape, counts: tuple[int, ...], is_first: bool, is_last: bool
+) -> dict[str, int]:
+    """Return the same for a stage that holds so many layers of each group: which of them does not matter."""
     model, slots = problem.model, problem.slots
     parts = {"attention": 0, "mlp": 0, "experts": 0, "other": 0, "embedding": 0, "head": 0}
-    counts: dict[int, int] = {}
-    for layer in range(first, last):
-        counts[model.group_of[layer]] = counts.get(model.group_of[layer], 0) + 1
-    for group, count in counts.items():
-        for name, size in layer_weights(model, model.groups[group], shape, slots).items():
+    held = [(model.groups[group], count) for group, count in enumerate(counts) if count]
+    for group, count in held:
+        for name, size in layer_weights(model, group, shape, slots).items():
             parts[name] += count * size
     embedding_bytes = BYTES_PER_VALUE[model.dtypes.embedding] / shape.tp
     if is_first:
@@ -91,16 +125,13 @@ def stage_memory(
     if is_last:
         weights = model.head if model.head or is_first else model.embedding
         parts["head"] = ceil(weights * embedding_bytes) + 2 * model.final_norm
-    caches = [
-        sum(
-            count * layer_cache(model, model.groups[group], scenario, shape)
-            for group, count in counts.items()
-        )
+    parts["kv_cache"] = max(
+        sum(count * layer_cache(model, group, scenario, shape) for group, count in held)
         for scenario in problem.scenarios
-    ]
-    parts["kv_cache"] = max(caches)
+    )
     parts["activations"] = activations(problem, shape)
-    parts["buffers"] = RUNTIME_BYTES + (NCCL_BYTES if problem.gpu_budget > 1 else 0)
-    if shape.ep > 1 and any(model.groups[group].moe for group in counts):
+    alone = shape.ranks == 1 and is_first and is_last
+    parts["buffers"] = RUNTIME_BYTES + (0 if alone else NCCL_BYTES)
+    if shape.ep > 1 and any(group.moe for group, _ in held):
         parts["buffers"] += EXCHANGE_BYTES
     return parts

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jinja2
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from placer.errors import ExportError, InputError
-from placer.placement import Placement, RankRecord
+from placer.placement import Placement, RankRecord, StrategyRecord
 from placer.spec.cluster import Cluster
 from placer.spec.names import check_host
 from placer.strategy import Shape
@@ -36,6 +36,22 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
 _CUDA_UUID = re.compile(r"(?:GPU|MIG)-[A-Za-z0-9_.:-]+")
 _PLAIN = re.compile(r"[A-Za-z0-9 ._+!:,/=\[\]()-]*")
+
+
+class Placed(Protocol):
+    """The decisions of a placement: all that a launcher asks to tell whether it can express them."""
+
+    @property
+    def strategy(self) -> StrategyRecord:
+        """The degrees and layers of every stage."""
+
+    @property
+    def ranks(self) -> list[RankRecord]:
+        """Every rank, in any order."""
+
+    @property
+    def experts(self) -> dict[int, list[list[int]]]:
+        """By MoE layer, the experts in the slots of every EP rank."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +112,12 @@ class Launcher(ABC):
     summary: ClassVar[str]
 
     @abstractmethod
-    def cannot(self, placement: Placement) -> str | None:
+    def cannot(self, placement: Placed) -> str | None:
         """Return why this placement cannot be expressed, in one sentence without a full stop, or None when it can."""
+
+    def cannot_degrees(self, placement: Placed) -> str | None:
+        """Return why its stages and degrees alone, wherever the ranks are, cannot be expressed, or None when they can."""
+        return None
 
     @abstractmethod
     def render(self, placement: Placement, options: Options) -> dict[str, EmittedFile]:
@@ -144,12 +164,12 @@ def cuda_uuid(uuid: str | None) -> bool:
     return uuid is not None and _CUDA_UUID.fullmatch(uuid) is not None
 
 
-def in_rank_order(placement: Placement) -> list[RankRecord]:
+def in_rank_order(placement: Placed) -> list[RankRecord]:
     """Return the ranks by number; a file may list them in any order."""
     return sorted(placement.ranks, key=lambda record: record.rank)
 
 
-def ranks_by_host(placement: Placement) -> list[HostRanks]:
+def ranks_by_host(placement: Placed) -> list[HostRanks]:
     """Return every host with its ranks, hosts in the order of their first rank."""
     return by_host(in_rank_order(placement))
 
@@ -176,7 +196,7 @@ def not_blocked(ranks: Sequence[RankRecord]) -> str | None:
     return None
 
 
-def layer_count(placement: Placement) -> int:
+def layer_count(placement: Placed) -> int:
     """How many layers the placed model has."""
     return max(stage.layers[1] for stage in placement.strategy.stages)
 

@@ -10,6 +10,7 @@ from placer.launchers.base import (
     EmittedFile,
     Launcher,
     Options,
+    Placed,
     in_rank_order,
     plain,
     ranks_by_host,
@@ -157,7 +158,7 @@ class Ranks(Launcher):
         "rank table and bind.sh, a wrapper that gives each rank its GPU, CPUs and NIC under any launcher"
     )
 
-    def cannot(self, placement: Placement) -> str | None:
+    def cannot(self, placement: Placed) -> str | None:
         """Return None: a table takes any map."""
         return None
 

@@ -27,6 +27,7 @@ from placer.launchers.base import (
     HostRanks,
     Launcher,
     Options,
+    Placed,
     by_host,
     host_scripts,
     in_rank_order,
@@ -68,9 +69,13 @@ class Sglang(Launcher):
     name = "sglang"
     summary = "one SGLang server script per host and replica, and the expert map for --init-expert-location"
 
-    def cannot(self, placement: Placement) -> str | None:
+    def cannot(self, placement: Placed) -> str | None:
         """Return why not: SGLang wants like stages, whole experts over a server's GPUs, equal hosts and blocked ranks."""
-        return _stages(placement) or _degrees(placement) or _hosts(placement) or _slots(placement)
+        return self.cannot_degrees(placement) or _hosts(placement) or _slots(placement)
+
+    def cannot_degrees(self, placement: Placed) -> str | None:
+        """Return why its stages and degrees cannot be expressed, wherever the ranks are, or None when they can."""
+        return _stages(placement) or _degrees(placement)
 
     def render(self, placement: Placement, options: Options) -> dict[str, EmittedFile]:
         """Return the scripts of every host and, for a MoE model, `expert_location.json`.
@@ -145,7 +150,7 @@ def _scripts(
     )
 
 
-def replicas(placement: Placement, first_port: int) -> list[Replica]:
+def replicas(placement: Placed, first_port: int) -> list[Replica]:
     """Return the servers of a placement with like stages: one for each EDP copy, or for each dense TP group.
 
     Replicas that begin on one host meet there at ports of their own, from `first_port` on.
@@ -166,13 +171,13 @@ def replicas(placement: Placement, first_port: int) -> list[Replica]:
     return found
 
 
-def _replica_size(placement: Placement) -> int:
+def _replica_size(placement: Placed) -> int:
     """Return how many ranks of a stage one server has."""
     stage = placement.strategy.stages[0]
     return stage.ep * stage.etp if placement.experts else stage.tp
 
 
-def _ports_each(placement: Placement) -> int:
+def _ports_each(placement: Placed) -> int:
     """Return how many ports a server may use from its meeting port on.
 
     With DP attention SGLang listens on the next 6 and on the 13th; some versions add one for each DP rank after those 6.
@@ -209,7 +214,7 @@ def _check_ports(all_replicas: Sequence[Replica], apart: int) -> None:
                 )
 
 
-def slots_and_experts(placement: Placement) -> tuple[int, int]:
+def slots_and_experts(placement: Placed) -> tuple[int, int]:
     """Return the slots of a MoE layer and the number of its experts: each has a copy, so the largest tells."""
     rows = next(iter(placement.experts.values()))
     experts = 1 + max(expert for layer in placement.experts.values() for row in layer for expert in row)
@@ -227,7 +232,7 @@ def expert_location(placement: Placement) -> str:
     return ExpertLocation().render(expert_map)[EXPERT_FILE].decode()
 
 
-def _stages(placement: Placement) -> str | None:
+def _stages(placement: Placed) -> str | None:
     stages = placement.strategy.stages
     shapes = {(stage.tp, stage.dp, stage.ep, stage.etp) for stage in stages}
     if len(shapes) > 1:
@@ -238,7 +243,7 @@ def _stages(placement: Placement) -> str | None:
     return None
 
 
-def _degrees(placement: Placement) -> str | None:
+def _degrees(placement: Placed) -> str | None:
     stage = placement.strategy.stages[0]
     if not placement.experts:
         if stage.ep * stage.etp > 1:
@@ -254,7 +259,7 @@ def _degrees(placement: Placement) -> str | None:
     return None
 
 
-def _hosts(placement: Placement) -> str | None:
+def _hosts(placement: Placed) -> str | None:
     all_replicas = replicas(placement, first_port=0)
     for replica in all_replicas:
         reason = not_blocked(replica.ranks) or _unequal(replica.hosts, len(placement.strategy.stages))
@@ -275,7 +280,7 @@ def _unequal(hosts: Sequence[HostRanks], stages: int) -> str | None:
     return None
 
 
-def _slots(placement: Placement) -> str | None:
+def _slots(placement: Placed) -> str | None:
     if not placement.experts:
         return None
     slots, experts = slots_and_experts(placement)

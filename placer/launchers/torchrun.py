@@ -11,6 +11,7 @@ from placer.launchers.base import (
     HostRanks,
     Launcher,
     Options,
+    Placed,
     host_scripts,
     in_rank_order,
     not_blocked,
@@ -25,7 +26,7 @@ class Torchrun(Launcher):
     name = "torchrun"
     summary = "one torchrun script per host, static rendezvous, GPUs in rank order"
 
-    def cannot(self, placement: Placement) -> str | None:
+    def cannot(self, placement: Placed) -> str | None:
         """Return why not: torchrun numbers the ranks of a host in one run."""
         return not_blocked(in_rank_order(placement))
 

@@ -14,7 +14,8 @@ from placer.report.tables import add_row, billions, count, fold_numbers, line, p
 from placer.spec.cluster import Cluster
 from placer.spec.model import Attention, LayerGroup, ModelCard
 from placer.spec.names import fold_hosts
-from placer.spec.units import format_bandwidth, format_bytes, format_time
+from placer.spec.requirements import Requirements
+from placer.spec.units import format_bandwidth, format_bytes, format_time, format_token_rate
 
 
 def problem_report(problem: Problem) -> RenderableType:
@@ -68,18 +69,88 @@ def problem_report(problem: Problem) -> RenderableType:
 
 
 def _requirements(problem: Problem) -> list[tuple[str, str]]:
+    """Return every requirement that is stated, and the memory reserve, which always holds: key and words."""
     stated = problem.requirements
     rows = [("memory_reserve", f"{percent(stated.memory_reserve)} of every GPU's memory stays free")]
+    rows += [
+        (f"max_memory.{name}", f"{format_bytes(most)} at most") for name, most in stated.max_memory.items()
+    ]
     if stated.max_gpus is not None:
         rows.append(("max_gpus", f"{stated.max_gpus:,} at most"))
+    rows += [(f"exclude.{host}", f"GPUs {fold_numbers(gpus)}") for host, gpus in stated.exclude.items()]
+    return [*rows, *_pin_rows(stated), *_group_rows(stated), *_limit_rows(stated)]
+
+
+def _pin_rows(stated: Requirements) -> list[tuple[str, str]]:
+    """Return what must, and must not, be where."""
+    rows = [
+        (f"pin_gpus.{host}", f"GPUs {fold_numbers(gpus)} hold a rank")
+        for host, gpus in stated.pin_gpus.items()
+    ]
+    rows += [(f"pin_ranks.{rank}", f"on {seat}") for rank, seat in stated.pin_ranks.items()]
+    rows += [
+        (f"exclude_ranks.{rank}", f"not on {', '.join(seats) or '-'}")
+        for rank, seats in stated.exclude_ranks.items()
+    ]
+    rows += [(f"pin_layers.{layer}", f"in stage {stage}") for layer, stage in stated.pin_layers.items()]
+    rows += [
+        (f"exclude_layers.{layer}", f"not in stage {fold_numbers(stages)}")
+        for layer, stages in stated.exclude_layers.items()
+    ]
+    for kind, word in (("pin_experts", "on"), ("exclude_experts", "not on")):
+        for number, pin in enumerate(getattr(stated, kind)):
+            layers = "every MoE layer" if pin.layers is None else f"layers {pin.layers}"
+            text = f"{_numbered('expert', pin.experts)} {word} {_numbered('EP rank', pin.ep)} in {layers}"
+            rows.append((f"{kind}[{number}]", text))
+    return rows
+
+
+def _numbered(what: str, numbers: list[int]) -> str:
+    """Return `expert 5` or `experts 0-3`."""
+    return f"{what}{'s' if len(numbers) > 1 else ''} {fold_numbers(numbers)}"
+
+
+def _group_rows(stated: Requirements) -> list[tuple[str, str]]:
+    """Return what holds of groups, copies and degrees."""
+    rows: list[tuple[str, str]] = []
     if stated.tp_within is not None:
         rows.append(("tp_within", f"every TP group inside one `{stated.tp_within}` domain"))
     if stated.ep_within is not None:
         rows.append(("ep_within", f"every EP group inside one `{stated.ep_within}` domain"))
+    if stated.replicas_across is not None:
+        text = f"no two copies of an expert inside one `{stated.replicas_across}` domain"
+        rows.append(("replicas_across", text))
     if stated.redundant_experts:
         rows.append(("redundant_experts", f"{stated.redundant_experts} more copies in every MoE layer"))
-    rows += [(f"exclude.{host}", f"GPUs {fold_numbers(gpus)}") for host, gpus in stated.exclude.items()]
-    rows += [(f"max_step.{name}", f"{format_time(limit)} at most") for name, limit in stated.max_step.items()]
+    if stated.max_slots is not None:
+        rows.append(("max_slots", f"{stated.max_slots:,} at most on an EP rank at a layer"))
+    if stated.max_imbalance is not None:
+        rows.append(
+            ("max_imbalance", f"fullest EP rank at most {stated.max_imbalance:g} times the mean load")
+        )
+    if stated.divide_evenly:
+        rows.append(("divide_evenly", ", ".join(stated.divide_evenly)))
+    return rows
+
+
+def _limit_rows(stated: Requirements) -> list[tuple[str, str]]:
+    """Return limits on time and throughput, and what the placement must fit."""
+    rows = [(f"max_step.{name}", f"{format_time(limit)} at most") for name, limit in stated.max_step.items()]
+    if stated.max_ttft is not None:
+        rows.append(("max_ttft", f"{format_time(stated.max_ttft)} at most for every prefill step"))
+    if stated.max_tpot is not None:
+        rows.append(("max_tpot", f"{format_time(stated.max_tpot)} at most for every decode step"))
+    rows += [
+        (f"min_throughput.{name}", f"{format_token_rate(rate)} at least")
+        for name, rate in stated.min_throughput.items()
+    ]
+    if stated.launcher is not None:
+        rows.append(("launcher", f"`{stated.launcher}` can start it"))
+    if stated.max_moves is not None:
+        text = (
+            f"{count(stated.max_moves.ranks, 'rank')} at most on another GPU than in {stated.max_moves.since}"
+        )
+        rows.append(("max_moves", text))
     return rows
 
 
@@ -145,7 +216,9 @@ def _bandwidths(values: NDArray[np.float64]) -> str:
 
 
 def _host_table(cluster: Cluster) -> RenderableType:
-    result = table("hosts", "GPU type", "GPUs", "not usable", ("memory taken", "right"))
+    # A column for what few clusters have would only push the others apart.
+    cut_off = ["no network"] if not cluster.networked.all() else []
+    result = table("hosts", "GPU type", "GPUs", "not usable", *cut_off, ("memory taken", "right"))
     edges = np.searchsorted(cluster.host_of, np.arange(len(cluster.hosts) + 1)).tolist()
     rows: list[tuple[str, tuple[str, ...]]] = []
     for number, host in enumerate(cluster.hosts):
@@ -156,6 +229,7 @@ def _host_table(cluster: Cluster) -> RenderableType:
             ", ".join(cluster.types[kind].name for kind in np.unique(cluster.type_of[own]).tolist()),
             fold_numbers(index.tolist()),
             fold_numbers(index[~cluster.usable[own]].tolist()),
+            *(fold_numbers(index[~cluster.networked[own]].tolist()) for _ in cut_off),
             "-" if not taken.any() else least if least == most else f"{least} to {most}",
         )
         rows.append((host, look))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 from placer import __version__, verify
 from placer.cost.constants import model_digest
@@ -23,9 +24,11 @@ from placer.placement import (
 )
 from placer.problem import Problem
 from placer.solver.clock import Clock
+from placer.solver.existence import exists
 from placer.solver.search import Progress, Result, Search
 
 MAX_PARTS = 20
+_UNDECIDED_FIRST = ("out of time", "nothing found", "infeasible", "feasible", "optimal")
 
 
 def solve(
@@ -43,7 +46,9 @@ def solve(
     """
     clock = clock or Clock(time_limit)
     with clock.catching_interrupt():
-        result = Search(problem, clock, workers=workers, seed=seed, report=report).run()
+        result = search(problem, clock, workers=workers, seed=seed, report=report)
+        if result.status == "nothing found":
+            result = _by_exact_models(problem, result, clock, seed)
         if result.plan is None:
             return result, None
         placement = make_placement(problem, result, seed)
@@ -53,6 +58,68 @@ def solve(
             f"the placement found fails its own check, which is a fault in placer: {findings[0]}"
         )
     return result, placement
+
+
+def search(
+    problem: Problem,
+    clock: Clock,
+    *,
+    workers: int = 2,
+    seed: int = 0,
+    report: Callable[[Progress], None] | None = None,
+) -> Result:
+    """Return the best placement over every set of GPUs that all reach one another, with the bound over all of them."""
+    islands = problem.islands
+    if len(islands) <= 1:
+        inside = (
+            problem if not islands or (islands[0] == problem.allowed).all() else problem.within(islands[0])
+        )
+        return Search(inside, clock, workers=workers, seed=seed, report=report).run()
+    results: list[Result] = []
+    for number, island in enumerate(sorted(islands, key=lambda mask: -int(mask.sum()))):
+        share = Clock(clock.left() / (len(islands) - number))
+        results.append(Search(problem.within(island), share, workers=workers, seed=seed, report=report).run())
+        clock.cut_short |= share.cut_short
+        if clock.interrupted:
+            break
+    return _best_of(results, len(islands))
+
+
+def _by_exact_models(problem: Problem, result: Result, clock: Clock, seed: int) -> Result:
+    """Return the placement that the exact models find where the quick ways found none; else the result as it is."""
+    answer = exists(problem, clock, seed=seed)
+    if answer.plan is None or answer.objective is None:
+        return result
+    bound = min(result.bound or 0.0, answer.objective)
+    return replace(result, status="feasible", plan=answer.plan, objective=answer.objective, bound=bound)
+
+
+def _best_of(results: list[Result], islands: int) -> Result:
+    """Return the best of searches that together cover a problem, with the least of their bounds."""
+    found = [result for result in results if result.objective is not None]
+    candidates = sum(result.candidates for result in results)
+    cut_short = any(result.cut_short for result in results)
+    bounds = [
+        0.0 if result.bound is None else result.bound for result in results if result.status != "infeasible"
+    ]
+    # A search that was never begun may hold anything.
+    bound = min(bounds, default=float("inf")) if len(results) == islands else 0.0
+    if not found:
+        worst = min(results, key=lambda result: _UNDECIDED_FIRST.index(result.status))
+        reasons = [reason for result in results for reason in result.reasons]
+        reasons = list(dict.fromkeys(reasons))
+        return replace(worst, bound=bound, candidates=candidates, cut_short=cut_short, reasons=reasons)
+    best = min(found, key=lambda result: result.objective or 0.0)
+    bound = min(bound, best.objective or bound)
+    gap_closed = best.objective is not None and best.objective - bound <= 1e-6 * best.objective
+    return replace(
+        best,
+        status="optimal" if gap_closed else "feasible",
+        bound=bound,
+        candidates=candidates,
+        cut_short=cut_short,
+        examined=[candidate for result in results for candidate in result.examined],
+    )
 
 
 def make_placement(problem: Problem, result: Result, seed: int) -> Placement:

@@ -335,12 +335,6 @@ class StrategyBound:
         return float(self.problem.weights @ self.steps(costs, counts))
 
 
-def groups_seated(problem: Problem, eligible: NDArray[np.bool_], level: str, size: int) -> int:
-    """Return how many groups of `size` ranks can sit whole in a domain of `level`, on the GPUs of the mask `eligible`."""
-    domain_of = problem.cluster.levels[problem.level_number(level)].domain_of
-    return int((np.bincount(domain_of[eligible], minlength=1) // size).sum())
-
-
 def domains_needed(ranks: int, capacities: tuple[int, ...]) -> int:
     """Return the fewest domains that hold `ranks` GPUs; `capacities` most first."""
     held = np.cumsum(capacities)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from placer.problem import Problem
-from placer.spec.units import format_bytes
+from placer.spec.units import format_time, format_token_rate
+from placer.spec.workload import Scenario
 from placer.strategy import Shape, Strategy, shape_problem
 
 
@@ -30,19 +31,6 @@ class Refusals:
         entry.count += 1
         if miss < entry.miss:
             entry.miss, entry.text = miss, f"{strategy.name()} {text}"
-
-    def add_memory(self, problem: Problem, strategy: Strategy, stage: int, need: int, limit: int) -> None:
-        """Count a strategy whose stage needs more bytes on each GPU than the roomiest GPUs leave."""
-        ranks = strategy.stages[stage].ranks
-        reserve = f"`memory_reserve: {problem.requirements.memory_reserve:.3g}`"
-        where = f"stage {stage} " if len(strategy.stages) > 1 else ""
-        gpus = (
-            "a GPU, and the roomiest one leaves"
-            if ranks == 1
-            else f"each of {ranks} GPUs, and the roomiest {ranks} leave"
-        )
-        text = f"{where}needs at least {format_bytes(need)} on {gpus} {format_bytes(limit)} under {reserve}"
-        self.add("memory", strategy, text, (need - limit) / max(need, 1))
 
     def told(self) -> list[str]:
         """Return one sentence a kind, the kind with most strategies first."""
@@ -75,3 +63,11 @@ def nothing_to_try(problem: Problem) -> str:
         reason
         or f"no strategy of like stages on at most {problem.gpu_budget} GPUs agrees with {request.name()}"
     )
+
+
+def limit_text(problem: Problem, scenario: Scenario, key: str, limit: float) -> str:
+    """Return a time limit as its user stated it: a time, or a throughput with the step that it leaves."""
+    if not key.startswith("min_throughput"):
+        return format_time(limit)
+    rate = problem.requirements.min_throughput[scenario.name]
+    return f"{format_token_rate(rate)} leaves, {format_time(limit)}"

@@ -21,17 +21,20 @@ from placer.cost.latency import CostModel, make_layout
 from placer.errors import InputError, SolverError
 from placer.placement import Plan, StagePlan
 from placer.problem import Problem
-from placer.solver import ranks, stages
-from placer.solver.bound import Ideal, StrategyBound, groups_seated, ideal_for
+from placer.solver import counting, ranks, stages
+from placer.solver.bound import Ideal, StrategyBound, ideal_for
 from placer.solver.clock import Clock
 from placer.solver.experts import bound as expert_bound
 from placer.solver.experts import model as expert_model
 from placer.solver.experts import placing, swaps
+from placer.solver.experts.rules import rules_of, settle
 from placer.solver.ranks_model import solve_counts
-from placer.solver.refusals import Refusals, nothing_to_try
+from placer.solver.refusals import Refusals, limit_text, nothing_to_try
 from placer.solver.seating import Seater, Seating, expert_task
+from placer.solver.seats_model import find_seats
 from placer.solver.stages import StageCosts
 from placer.spec.units import format_time
+from placer.spec.workload import Scenario
 from placer.strategy import Strategy, enumerate_strategies
 
 Ints = NDArray[np.int64]
@@ -47,6 +50,8 @@ GRACE = 20
 LAST_TRIES = 3
 #: Times go into CP-SAT as whole nanoseconds, rounded down; what is left of that in a bound.
 BOUND_ROUNDING = 1e-8
+#: A bound is summed in another order than a price, so they may differ in their last digits.
+TIME_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ class Search:
         self.problem, self.clock, self.workers, self.seed = problem, clock, workers, seed
         self.cost = CostModel(problem)
         self.bounds = StrategyBound(problem, self.cost)
+        self.room = counting.Room(problem)
         self.report = report or (lambda progress: None)
         self.refused = Refusals()
         self.best: Candidate | None = None
@@ -192,73 +198,29 @@ class Search:
         return sorted(found, key=lambda item: (item.bound, item.strategy.ranks, item.strategy.name()))
 
     def _candidate(self, strategy: Strategy) -> Candidate | None:
-        problem, shapes = self.problem, strategy.stages
-        if strategy.ranks > problem.gpu_budget:
-            text = f"needs {strategy.ranks} GPUs, of which {problem.gpu_budget} may be used"
-            self.refused.add("gpus", strategy, text, strategy.ranks)
-            return None
-        request = problem.request.stages
-        counts: list[int | None] = [stage.layers for stage in request] if request else [None] * len(shapes)
-        if request is None and len(shapes) == 1:
-            counts = [problem.model.layer_count]
-        if request is None and len(shapes) > problem.model.layer_count:
-            return None
-        memory = stages.StageMemory(problem, shapes)
-        limits = stages.memory_limits(problem, shapes)
-        needs = self._least_needs(memory, counts)
-        short = next((n for n, need in enumerate(needs) if need > limits[n]), None)
-        if short is not None:
-            self.refused.add_memory(problem, strategy, short, needs[short], limits[short])
-            return None
-        if not self._groups_fit(strategy, needs):
-            return None
-        ideals = [ideal_for(problem, need) for need in needs]
-        costs = self.bounds.costs(shapes, ideals)
-        steps = self.bounds.steps(costs, counts)
-        for scenario, step in zip(problem.scenarios, steps.tolist(), strict=True):
-            limit = problem.requirements.max_step.get(scenario.name)
-            if limit is not None and step > limit:
-                text = f"takes at least {format_time(step)} for {scenario.name}, more than `max_step` {format_time(limit)}"
-                self.refused.add("max_step", strategy, text, step / limit)
-                return None
-        return Candidate(strategy, counts, float(problem.weights @ steps), ideals)
-
-    def _groups_fit(self, strategy: Strategy, needs: list[int]) -> bool:
-        """Whether counting leaves a domain for every group that `tp_within` and `ep_within` keep together."""
         problem = self.problem
-        for kind in ("tp_within", "ep_within"):
-            level = getattr(problem.requirements, kind)
-            if level is None:
-                continue
-            for shape, need in zip(strategy.stages, needs, strict=True):
-                size = shape.tp if kind == "tp_within" else shape.ep_group
-                found = groups_seated(problem, problem.allowed & (problem.memory_limit >= need), level, size)
-                wanted = shape.ranks // size
-                if found < wanted:
-                    text = f"wants {wanted} groups of {size} GPUs inside a `{level}` domain each under `{kind}`, and {found} can be had"
-                    self.refused.add(kind, strategy, text, wanted / (found + 1))
-                    return False
-        return True
+        case = counting.case_of(problem, self.room, strategy)
+        objection = counting.objection(case)
+        if objection is not None:
+            self.refused.add(objection.kind, strategy, objection.text, objection.miss)
+            return None
+        ideals = [ideal_for(problem, need) for need in case.needs]
+        costs = self.bounds.costs(strategy.stages, ideals)
+        steps = self.bounds.steps(costs, case.counts)
+        for scenario, step in zip(problem.scenarios, steps.tolist(), strict=True):
+            if self._too_slow(strategy, scenario, step, "takes at least"):
+                return None
+        return Candidate(strategy, case.counts, float(problem.weights @ steps), ideals)
 
-    def _least_needs(self, memory: stages.StageMemory, counts: list[int | None]) -> list[int]:
-        """Return the fewest bytes that a rank of each stage fills over every split that `counts` allows."""
-        layers = self.problem.model.layer_count
-        starts = np.cumsum([0, *[count or 0 for count in counts]]).tolist()
-        if None not in counts:
-            return [memory.need(n, starts[n], starts[n + 1]) for n in range(len(counts))]
-        least = 0 if any(count is not None for count in counts) else 1
-        needs = []
-        for n, count in enumerate(counts):
-            length = least if count is None else count
-            # What a window needs depends on the kinds of its layers, so one window of each kind will do.
-            kinds = {
-                self.problem.model.group_of.index(group) for group in range(len(self.problem.model.groups))
-            }
-            firsts = {min(first, layers - length) for first in kinds} | {0, layers - length}
-            if length > 1:
-                firsts = set(range(layers - length + 1))
-            needs.append(min(memory.need(n, first, first + length) for first in firsts))
-        return needs
+    def _too_slow(self, strategy: Strategy, scenario: Scenario, step: float, how: str) -> str | None:
+        """Return the clause on the first limit that a step passes, and count the refusal; None where it passes none."""
+        for key, limit in self.problem.limits_of(scenario):
+            if step > limit * (1 + TIME_ROUNDING):
+                kind = key.partition(".")[0]
+                text = f"{how} {format_time(step)} for {scenario.name}, more than `{kind}` {limit_text(self.problem, scenario, key, limit)}"
+                self.refused.add(kind, strategy, text, step / limit)
+                return text
+        return None
 
     def _no_candidate(self) -> Result:
         status: Literal["infeasible", "out of time"] = "out of time" if self.clock.cut_short else "infeasible"
@@ -304,16 +266,29 @@ class Search:
         candidate.bound = max(candidate.bound, bound, self._shared_bound(candidate, seater, costs))
         if candidate.bound >= self._best_value():
             return
-        seating = seater.best(costs, edges)
+        seating = seater.best(costs, edges) or self._exact_seats(candidate, seater)
         if seating is None:
-            self._refuse(candidate, "was given no seats for its ranks by the ways that were tried")
             return
         candidate.seat_value = seating.value
         if seating.value >= self._best_value():
             candidate.note = f"at best {format_time(seating.value)} on the best seats found"
             return
         placed = self._experts(candidate, seating, rounds=30, keep=0.4 * self.clock.limit)
-        self._offer(candidate, seating, placed)
+        if placed is not None:
+            self._offer(candidate, seating, placed)
+
+    def _exact_seats(self, candidate: Candidate, seater: Seater) -> Seating | None:
+        """Return seats of the exact model, where the quick ways found none; None, refused, when there are none."""
+        shapes = candidate.strategy.stages
+        found = find_seats(self.problem, shapes, candidate.counts, seater.memory, self.clock, seed=self.seed)
+        if found.answer is False:
+            self._refuse(candidate, "has no seats that keep every requirement")
+            candidate.bound = float("inf")
+            return None
+        seating = seater.improved(found.gpus) if found.answer else None
+        if seating is None:
+            self._refuse(candidate, "was given no seats for its ranks by the ways that were tried")
+        return seating
 
     def _shared_bound(self, candidate: Candidate, seater: Seater, costs: StageCosts) -> float:
         """Return the lower bound of like stages that cannot all have the quickest GPUs; 0 where nothing is gained.
@@ -361,8 +336,11 @@ class Search:
         keep: float,
         polish_rounds: int = 0,
         before: dict[int, Ints] | None = None,
-    ) -> dict[int, Ints]:
-        """Return the slots of every MoE layer: improved from `before` where given, else from the start."""
+    ) -> dict[int, Ints] | None:
+        """Return the slots of every MoE layer: improved from `before` where given, else from the start.
+
+        None, with the candidate refused, where no slots were found that keep the requirements on experts.
+        """
         result: dict[int, Ints] = {}
         for plan in _stage_plans(candidate, seating):
             layout = make_layout(self.problem, plan.shape, plan.gpus)
@@ -381,6 +359,16 @@ class Search:
                         task, slots, bounds, self.clock, seed=self.seed, rounds=polish_rounds, keep=keep
                     )
                     slots = expert_model.solve_small(task, slots, self.clock, seed=self.seed, keep=keep)
+                rules = rules_of(self.problem, plan.shape, plan.gpus, layers)
+                if not rules.empty:
+                    verdict = settle(self.problem, task, rules, layers, slots, self.clock, self.seed)
+                    if verdict.slots is None:
+                        self._refuse(
+                            candidate,
+                            f"found no slots for its experts: {verdict.impossible or 'not decided'}",
+                        )
+                        return None
+                    slots = verdict.slots
                 result |= dict(zip(layers, slots, strict=True))
         return result
 
@@ -394,14 +382,9 @@ class Search:
         latencies = self.cost.price(plan)
         value = self.cost.objective(latencies)
         for scenario, latency in zip(self.problem.scenarios, latencies, strict=True):
-            limit = self.problem.requirements.max_step.get(scenario.name)
-            if limit is not None and latency.total > limit:
-                candidate.note = (
-                    f"{scenario.name} takes {latency.total:.6g} s, more than max_step {limit:.6g} s"
-                )
-                self.refused.add(
-                    "max_step", candidate.strategy, f"was built, but {candidate.note}", latency.total / limit
-                )
+            late = self._too_slow(candidate.strategy, scenario, latency.total, "was built, but takes")
+            if late is not None:
+                candidate.note = late
                 return
         self._check_bound(candidate, candidate.bound, value)
         if value < candidate.objective:
@@ -443,13 +426,18 @@ class Search:
         if candidate.objective > candidate.bound * (1 + OPTIMAL_GAP):
             better = self._rank_model(candidate, seater, seating)
             if better is not None:
-                seating, placed = better, self._experts(candidate, better, rounds=30, keep=keep)
-                candidate.seat_value = better.value
+                moved = self._experts(candidate, better, rounds=30, keep=keep)
+                if moved is not None:
+                    seating, placed = better, moved
+                    candidate.seat_value = better.value
         if candidate is not self.best and candidate.seat_value >= self._best_value() * (1 - OPTIMAL_GAP):
             # Experts at their bounds on these seats would not beat the best either.
             return
         if placed:
-            placed = self._experts(candidate, seating, rounds=600, keep=keep, polish_rounds=2, before=placed)
+            polished = self._experts(
+                candidate, seating, rounds=600, keep=keep, polish_rounds=2, before=placed
+            )
+            placed = placed if polished is None else polished
         self._offer(candidate, seating, placed)
         candidate.refined = True
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from placer.cost.latency import CostModel, Layout, make_layout
 from placer.placement import StagePlan
 from placer.problem import Problem
-from placer.solver import ranks, stages
+from placer.solver import ranks, seat_rules, stages
 from placer.solver.experts import bound
 from placer.solver.experts.task import ExpertTask
 from placer.solver.ranks import StageSeat
@@ -67,7 +67,7 @@ class Seater:
         for stage in sorted({0, len(self.shapes) // 2, len(self.shapes) - 1}):
             first = 0
             for last in range(1, layers + 1):
-                while self.memory.need(stage, first, last) > limits[stage] and first < last:
+                while self.memory.raw(stage, first, last) > limits[stage] and first < last:
                     first += 1
                 found = max(found, last - first)
         return found
@@ -85,6 +85,11 @@ class Seater:
         return min(
             (self._improved(seating) for seating in found), key=lambda seating: seating.value, default=None
         )
+
+    def improved(self, gpus: list[Ints]) -> Seating | None:
+        """Return these seats with the best split, improved by moves; None when memory or a requirement forbids them."""
+        seating = self.price(gpus)
+        return None if seating is None else self._improved(seating)
 
     def _splits(self, costs: StageCosts, edges: list[int]) -> Iterator[list[int]]:
         yield edges
@@ -136,16 +141,8 @@ class Seater:
         return Seating(gpus, edges, stages.split_cost(self.problem, costs, edges))
 
     def allowed(self, gpus: list[Ints]) -> bool:
-        """Whether seats keep the requirements on where groups sit: `tp_within`, `ep_within`."""
-        requirements = self.problem.requirements
-        for shape, row in zip(self.shapes, gpus, strict=True):
-            for name, size in ((requirements.tp_within, shape.tp), (requirements.ep_within, shape.ep_group)):
-                if name is not None:
-                    level = self.problem.cluster.levels[self.problem.level_number(name)]
-                    domain = level.domain_of[row.reshape(-1, size)]
-                    if (domain != domain[:, :1]).any():
-                        return False
-        return True
+        """Whether seats keep every requirement on seats."""
+        return seat_rules.keeps_all(self.problem, self.shapes, gpus)
 
     def costs(self, gpus: list[Ints]) -> StageCosts:
         """Return what every layer costs on every stage as seated, expert terms at their bounds."""

@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
+from operator import sub
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from placer.cost.memory import stage_memory
+from placer.cost.memory import memory_of
 from placer.problem import Problem
 from placer.solver import cpsat
 from placer.solver.clock import Clock
@@ -53,16 +54,76 @@ def split_cost(problem: Problem, costs: StageCosts, edges: list[int]) -> float:
     return float(problem.weights @ (times.sum(axis=1) + fill * times.max(axis=1)))
 
 
+#: What a range of layers needs that a requirement keeps from a stage: more than any GPU has.
+FORBIDDEN = 2**62
+
+
+class MemoryTable:
+    """Bytes by shape and layers, shared by all strategies of a problem: only how many layers of each group counts."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        group_of = np.array(problem.model.group_of)
+        groups = np.arange(len(problem.model.groups))
+        held = np.cumsum(group_of[:, None] == groups, axis=0)
+        self._held = [tuple(row) for row in np.concatenate([np.zeros_like(held[:1]), held]).tolist()]
+        self._known: dict[tuple[object, ...], int] = {}
+
+    def bytes(self, shape: Shape, first: int, last: int, is_first: bool, is_last: bool) -> int:
+        """Return the bytes of a rank of a stage with the layers `first` up to but without `last`."""
+        counts = tuple(map(sub, self._held[last], self._held[first]))
+        key = (shape, counts, is_first, is_last)
+        if key not in self._known:
+            self._known[key] = sum(memory_of(self.problem, shape, counts, is_first, is_last).values())
+        return self._known[key]
+
+
 class StageMemory:
-    """Bytes a rank of a stage fills, by layer range; looked up many times, computed once."""
+    """Bytes a rank of a stage fills, by layer range; looked up many times, computed once.
 
-    def __init__(self, problem: Problem, shapes: tuple[Shape, ...]) -> None:
+    `need` is FORBIDDEN for a range that the pins of layers, or layers that must divide evenly, keep from the stage, so
+    whatever keeps to the memory keeps to them; `raw` is the memory alone.
+    """
+
+    def __init__(self, problem: Problem, shapes: tuple[Shape, ...], table: MemoryTable | None = None) -> None:
         self.problem, self.shapes = problem, shapes
-        self.need = lru_cache(maxsize=None)(self._need)
+        self.table = table or MemoryTable(problem)
+        self.raw = lru_cache(maxsize=None)(self._raw)
+        self._stage_of = problem.requirements.pin_layers
+        self._barred = problem.requirements.exclude_layers
+        self._even = "layers" in problem.requirements.divide_evenly
+        self._no_experts = [experts_problem(problem, shape) for shape in shapes]
+        moe = np.isin(np.arange(problem.model.layer_count), problem.model.moe_layers)
+        self._moe_before = [0, *np.cumsum(moe).tolist()]
 
-    def _need(self, stage: int, first: int, last: int) -> int:
-        final = stage == len(self.shapes) - 1
-        return sum(stage_memory(self.problem, self.shapes[stage], first, last, stage == 0, final).values())
+    def need(self, stage: int, first: int, last: int) -> int:
+        """Return the bytes of a rank of `stage` with the layers `first` up to but without `last`."""
+        return self.raw(stage, first, last) if self.admits(stage, first, last) else FORBIDDEN
+
+    def admits(self, stage: int, first: int, last: int) -> bool:
+        """Whether `pin_layers`, `exclude_layers` and `divide_evenly` let the stage hold exactly these layers."""
+        if self._even and (last - first) * len(self.shapes) != self.problem.model.layer_count:
+            return False
+        if self._no_experts[stage] and self._moe_before[last] > self._moe_before[first]:
+            return False
+        if any((first <= layer < last) != (own == stage) for layer, own in self._stage_of.items()):
+            return False
+        return not any(stage in barred and first <= layer < last for layer, barred in self._barred.items())
+
+    def _raw(self, stage: int, first: int, last: int) -> int:
+        return self.table.bytes(self.shapes[stage], first, last, stage == 0, stage == len(self.shapes) - 1)
+
+
+def experts_problem(problem: Problem, shape: Shape) -> bool:
+    """Whether a stage of this shape can hold no MoE layer: by its slots, or for want of an EP rank that has a pin."""
+    moe, stated = problem.model.moe, problem.requirements
+    if moe is None:
+        return False
+    if problem.slots % shape.ep or problem.slots > moe.experts * shape.ep or moe.width % shape.etp:
+        return True
+    if stated.max_slots is not None and problem.slots // shape.ep > stated.max_slots:
+        return True
+    return any(max(pin.ep) >= shape.ep for pin in stated.pin_experts if pin.layer_numbers is None)
 
 
 def memory_limits(problem: Problem, shapes: tuple[Shape, ...]) -> list[int]:
@@ -116,8 +177,10 @@ def start(
             stated = counts[stage]
             lasts = range(first + least, layers + 1) if stated is None else [first + stated]
             for last in lasts:
-                if last > layers or memory.need(stage, first, last) > limits[stage]:
+                if last > layers or memory.raw(stage, first, last) > limits[stage]:
                     break
+                if not memory.admits(stage, first, last):
+                    continue
                 own = fixed[stage] + prefix[stage, last] - prefix[stage, first]
                 value = max(best[stage, first], own) if combine == "max" else best[stage, first] + own
                 if value < best[stage + 1, last] - 1e-15:

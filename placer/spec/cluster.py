@@ -55,6 +55,10 @@ class HostSpec(Stated):
     reserved: list[Whole] = Field(
         default_factory=list, description="GPU indices that must not be used: taken by others"
     )
+    no_network: list[Whole] = Field(
+        default_factory=list,
+        description="GPU indices without a working network: they reach their innermost domain and nothing else",
+    )
     memory_taken: Bytes | dict[int, Bytes] = Field(
         0, description="memory already taken on every GPU, or by GPU index"
     )
@@ -107,7 +111,7 @@ class HostSpec(Stated):
                 raise ValueError(
                     f"`{name}` has {len(values)} entries, expected one for each of the {len(indices)} GPUs"
                 )
-        for name in ("unhealthy", "reserved"):
+        for name in ("unhealthy", "reserved", "no_network"):
             for index in getattr(self, name):
                 if index not in indices:
                     raise ValueError(f"`{name}` names GPU {index}, but these hosts have the GPUs {indices}")
@@ -266,6 +270,7 @@ class Cluster:
     index: NDArray[np.int64]
     type_of: NDArray[np.int64]
     usable: NDArray[np.bool_]
+    networked: NDArray[np.bool_]
     memory_taken: NDArray[np.int64]
     uuid: tuple[str | None, ...]
     numa: tuple[int | None, ...]
@@ -290,6 +295,21 @@ class Cluster:
             (self.hosts[host], int(index)): gpu
             for gpu, (host, index) in enumerate(zip(self.host_of, self.index, strict=True))
         }
+
+    @cached_property
+    def host_number(self) -> dict[str, int]:
+        """Host number by name."""
+        return {host: number for number, host in enumerate(self.hosts)}
+
+    @cached_property
+    def islands(self) -> tuple[NDArray[np.bool_], ...]:
+        """(gpus,) masks of GPUs that can all reach one another: those with a network, and each domain around one without."""
+        if self.networked.all():
+            return (np.ones(self.gpus, dtype=bool),)
+        inner = self.levels[0].domain_of
+        cut_off = np.unique(inner[~self.networked])
+        masks = [self.networked] if self.networked.any() else []
+        return (*masks, *(np.asarray(inner == domain) for domain in cut_off.tolist()))
 
     def label(self, gpu: int) -> str:
         """Return `host/index` of a GPU number."""
@@ -321,7 +341,18 @@ class _Builder:
         seen: set[str] = set()
         columns: dict[str, list[Any]] = {
             name: []
-            for name in ("host_of", "index", "type_of", "usable", "taken", "uuid", "numa", "cpus", "nic")
+            for name in (
+                "host_of",
+                "index",
+                "type_of",
+                "usable",
+                "networked",
+                "taken",
+                "uuid",
+                "numa",
+                "cpus",
+                "nic",
+            )
         }
         for number, group in enumerate(self.spec.hosts):
             if group.gpu_type not in type_number:
@@ -346,6 +377,7 @@ class _Builder:
                     columns["index"].append(gpu)
                     columns["type_of"].append(type_number[group.gpu_type])
                     columns["usable"].append(gpu not in group.unhealthy and gpu not in group.reserved)
+                    columns["networked"].append(gpu not in group.no_network)
                     columns["taken"].append(taken.get(gpu, 0) if isinstance(taken, dict) else taken)
                     columns["uuid"].append(uuids[host][position] if host in uuids else None)
                     for name in ("numa", "cpus"):
@@ -366,6 +398,7 @@ class _Builder:
             index=index,
             type_of=np.array(columns["type_of"], dtype=np.int64),
             usable=np.array(columns["usable"], dtype=bool),
+            networked=np.array(columns["networked"], dtype=bool),
             memory_taken=np.array(columns["taken"], dtype=np.int64),
             uuid=tuple(columns["uuid"]),
             numa=tuple(columns["numa"]),

@@ -24,6 +24,11 @@ BANDWIDTH_UNITS = {f"{prefix}B/s": factor for prefix, factor in {**_SI, **_BINAR
     f"{prefix}{bit}": factor / 8 for prefix, factor in _SI.items() for bit in ("b/s", "bit/s", "bps")
 }
 TIME_UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
+TOKEN_RATE_UNITS = {
+    f"{prefix}tokens/{time}": factor / TIME_UNITS[time]
+    for prefix, factor in {"": 1.0, "k": 1e3, "M": 1e6}.items()
+    for time in ("s", "ms", "min")
+}
 FLOPS_UNITS = {f"{prefix}{name}": factor for prefix, factor in _SI.items() for name in ("FLOP/s", "FLOPS")}
 
 _QUANTITY = re.compile(r"\s*([+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)\s*(\S.*?)?\s*")
@@ -95,6 +100,11 @@ def parse_flops(value: object) -> float:
     return parse_quantity(value, FLOPS_UNITS, "a compute rate", "989 TFLOP/s")
 
 
+def parse_token_rate(value: object) -> float:
+    """Return a throughput in tokens per second."""
+    return parse_quantity(value, TOKEN_RATE_UNITS, "a throughput", "20000 tokens/s")
+
+
 def parse_fraction(value: object) -> float:
     """Return a share between 0 and 1 from `0.1` or `"10 %"`."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -127,6 +137,7 @@ Bytes = Annotated[int, *_pydantic(parse_bytes, "80 GiB")]
 Bandwidth = Annotated[float, *_pydantic(parse_bandwidth, "400 Gb/s")]
 Seconds = Annotated[float, *_pydantic(parse_time, "3 us")]
 Flops = Annotated[float, *_pydantic(parse_flops, "989 TFLOP/s")]
+TokenRate = Annotated[float, *_pydantic(parse_token_rate, "20000 tokens/s")]
 Fraction = Annotated[float, *_pydantic(parse_fraction, "10 %")]
 
 
@@ -155,3 +166,8 @@ def format_time(value: float) -> str:
         if abs(value) >= TIME_UNITS[unit]:
             return f"{value / TIME_UNITS[unit]:.4g} {unit}"
     return f"{value / 1e-9:.4g} ns"
+
+
+def format_token_rate(value: float) -> str:
+    """Return `value` tokens per second for a person: `20000 tokens/s`. `parse_token_rate` reads it back."""
+    return f"{value:.0f} tokens/s" if 1000 <= value < 1e12 else f"{value:.4g} tokens/s"

@@ -27,6 +27,7 @@ def cluster_of(placement: Placement, cpus: list[str | None], nic: list[str | Non
         host_of=np.array([hosts.index(record.host) for record in placement.ranks]),
         index=np.array([record.gpu for record in placement.ranks]),
         type_of=np.zeros(len(cpus), dtype=np.int64),
+        networked=np.ones(0, dtype=bool),
         usable=np.ones(len(cpus), dtype=bool),
         memory_taken=np.zeros(len(cpus), dtype=np.int64),
         uuid=(None,) * len(cpus),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from placer.report.inputs import cluster_report, loads_report, model_report, pro
 from placer.spec.cluster import load_cluster
 from placer.spec.model import load_model
 from placer.spec.reading import Document, read_document
+from placer.spec.requirements import Requirements
 from tests.shared_data import ROOT
 
 CLUSTER = """\
@@ -71,6 +74,72 @@ def test_a_problem_shows_shares_and_what_is_generated() -> None:
     assert ["strategy", "auto"] in rows
     assert ["decode", "decode", "256", "2048", "80", "%", "generated"] in rows
     assert ["cluster", "two-h100-hosts,", "2", "hosts,", "16", "GPUs,", "14", "may", "be", "used"] in rows
+
+
+def test_gpus_without_a_network_are_shown_where_there_are_some() -> None:
+    """A column of its own, which other clusters do without."""
+    document = read_document(ROOT / "instances" / "clusters" / "two-h100-hosts.yaml")
+    data = copy.deepcopy(document.data)
+    data["hosts"][1]["no_network"] = [4, 5, 6]
+    shown = text(cluster_report(load_cluster(replace(document, data=data)))).splitlines()
+    assert shown[3].split() == [
+        "hosts",
+        "GPU",
+        "type",
+        "GPUs",
+        "not",
+        "usable",
+        "no",
+        "network",
+        "memory",
+        "taken",
+    ]
+    assert shown[4].split() == ["gpu01", "h100-80g", "0-7", "-", "-", "-"]
+    assert shown[5].split() == ["gpu02", "h100-80g", "0-7", "2,", "5", "4-6", "-"]
+
+
+def test_requirements_are_shown_as_they_hold() -> None:
+    """Each in words with its unit, under the key that states it."""
+    problem = load_problem(ROOT / "instances/quickstart.yaml")
+    stated = Requirements(
+        max_memory={"h100-80g": "70 GiB"},
+        pin_gpus={"gpu01": [0, 1, 2, 7]},
+        pin_ranks={3: "gpu01/7", 4: "gpu02"},
+        exclude_ranks={0: ["gpu02", "gpu01/1"], 9: []},
+        pin_layers={0: 0},
+        exclude_layers={31: [0, 1]},
+        pin_experts=[{"experts": [0, 1, 7], "ep": [2], "layers": "3-9"}],
+        exclude_experts=[{"experts": [5], "ep": [0, 1]}],
+        replicas_across="nvlink",
+        max_slots=4,
+        max_imbalance=1.25,
+        divide_evenly=["layers", "batch"],
+        max_ttft="200 ms",
+        max_tpot="20 ms",
+        min_throughput={"decode": "20 ktokens/s"},
+        launcher="torchrun",
+        max_moves={"since": "old [1].json", "ranks": 1},
+    )
+    shown = " ".join(text(problem_report(replace(problem, requirements=stated))).split())
+    for row in (
+        "max_memory.h100-80g 70.0 GiB at most",
+        "pin_gpus.gpu01 GPUs 0-2, 7 hold a rank",
+        "pin_ranks.3 on gpu01/7 pin_ranks.4 on gpu02",
+        "exclude_ranks.0 not on gpu02, gpu01/1 exclude_ranks.9 not on -",
+        "pin_layers.0 in stage 0 exclude_layers.31 not in stage 0-1",
+        "pin_experts[0] experts 0-1, 7 on EP rank 2 in layers 3-9",
+        "exclude_experts[0] expert 5 not on EP ranks 0-1 in every MoE layer",
+        "replicas_across no two copies of an expert inside one `nvlink` domain",
+        "max_slots 4 at most on an EP rank at a layer",
+        "max_imbalance fullest EP rank at most 1.25 times the mean load",
+        "divide_evenly layers, batch",
+        "max_ttft 200 ms at most for every prefill step",
+        "max_tpot 20 ms at most for every decode step",
+        "min_throughput.decode 20000 tokens/s at least",
+        "launcher `torchrun` can start it",
+        "max_moves 1 rank at most on another GPU than in old [1].json",
+    ):
+        assert row in shown
 
 
 @pytest.mark.parametrize(

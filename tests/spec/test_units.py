@@ -17,14 +17,16 @@ from placer.spec.units import (
     format_bandwidth,
     format_bytes,
     format_time,
+    format_token_rate,
     parse_bandwidth,
     parse_bytes,
     parse_flops,
     parse_fraction,
     parse_time,
+    parse_token_rate,
 )
 
-PARSERS = [parse_bytes, parse_bandwidth, parse_time, parse_flops]
+PARSERS = [parse_bytes, parse_bandwidth, parse_time, parse_flops, parse_token_rate]
 
 
 @pytest.mark.parametrize(
@@ -71,6 +73,20 @@ def test_compute_rates() -> None:
     assert parse_flops("989 TFLOP/s") == parse_flops("989 TFLOPS") == 989e12
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("20000 tokens/s", 20_000),
+        ("20 ktokens/s", 20_000),
+        ("1.5 Mtokens/s", 1.5e6),
+        ("90 tokens/min", 1.5),
+        ("3 tokens/ms", 3000),
+    ],
+)
+def test_throughputs(text: str, value: float) -> None:
+    assert parse_token_rate(text) == pytest.approx(value)
+
+
 @given(st.floats(0, 1e6), st.sampled_from(sorted(BYTE_UNITS)))
 def test_sizes_scale_with_their_unit(number: float, unit: str) -> None:
     expected = round(number * BYTE_UNITS[unit])
@@ -101,6 +117,12 @@ def test_printed_bandwidths_can_be_read_back(bandwidth: float) -> None:
 def test_printed_times_can_be_read_back(seconds: float) -> None:
     assert math.isclose(parse_time(format_time(seconds)), seconds, rel_tol=1e-3)
     assert parse_time(format_time(0)) == 0
+
+
+@given(st.floats(1e-9, 1e300))
+def test_printed_throughputs_can_be_read_back(rate: float) -> None:
+    assert math.isclose(parse_token_rate(format_token_rate(rate)), rate, rel_tol=1e-3)
+    assert len(format_token_rate(rate)) < 25
 
 
 @given(st.one_of(st.integers(), st.floats(allow_nan=True, allow_infinity=True)))

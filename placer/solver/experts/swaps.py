@@ -268,18 +268,33 @@ class SlotState:
             total += np.maximum(larger, rest, out=larger).sum(axis=-1)
         expert = self.expert[layers]
         mine_expert, other_expert = expert[index[:, None], mine], expert[index[:, None], other]
-        present = self.present[layers]
-        forbidden = (present[index, hot][index[:, None], other_expert] > 0)[:, None, :] | (
-            rank == hot[:, None]
-        )[:, None, :]
-        there = present[index[:, None, None], rank[:, None, :], mine_expert[:, :, None]] > 0
-        flat = np.where(forbidden | there, np.inf, total).reshape(count, -1)
+        blocked = self._blocked(layers, hot, rank, mine_expert, other_expert, hot_load, other_load)
+        flat = np.where(blocked, np.inf, total).reshape(count, -1)
         best = flat.argmin(axis=1)
         better = flat[index, best] < now * (1 - 1e-9)
         for row in np.flatnonzero(better).tolist():
             first, second = divmod(int(best[row]), other.shape[1])
             self._exchange(int(layers[row]), int(mine[row, first]), int(other[row, second]))
         return np.asarray(better)
+
+    def _blocked(
+        self,
+        layers: Ints,
+        hot: Ints,
+        rank: Ints,
+        mine: Ints,
+        other: Ints,
+        hot_load: Floats,
+        other_load: Floats,
+    ) -> NDArray[np.bool_]:
+        """Return (layers, mine, others) swaps that may not be: two copies of an expert on a rank, or a rank with itself.
+
+        `mine` and `other` are experts on `hot` and on `rank`, the loads what both ranks would have.
+        """
+        present, index = self.present[layers], np.arange(len(layers))
+        comes = (present[index, hot][index[:, None], other] > 0) | (rank == hot[:, None])
+        goes = present[index[:, None, None], rank[:, None, :], mine[:, :, None]] > 0
+        return np.asarray(comes[:, None, :] | goes)
 
     def _terms_of(self, number: int, share: Floats, active: Floats, ranks: Ints | None) -> Floats:
         """Return terms as `_terms` does, for arrays whose last axis is not the ranks; None: all ranks are alike."""

@@ -1,0 +1,252 @@
+"""Requirements on experts: what they ask of the slots of a stage, and slots that keep them or why there are none.
+
+The engine that knows no rules hands over its slots; layers that break a rule are repaired (`rules_repair`), and counting
+(`rules_proof`) and, where a repair fails, CP-SAT (`rules_model`) say that nothing would do. Layers that are alike are decided once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from placer.problem import Problem
+from placer.solver.clock import Clock
+from placer.solver.experts import rules_model, rules_proof, rules_repair
+from placer.solver.experts.rules_layer import Bools, LayerRules, held_of, slots_of
+from placer.solver.experts.task import ExpertTask, Floats, Ints, objective
+from placer.strategy import Shape
+
+#: Rounds of swaps that lower the objective of repaired layers.
+ROUNDS = 200
+#: Layers that CP-SAT may leave undecided before no further layer is tried.
+MOST_UNDECIDED = 2
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertRules:
+    """What requirements ask of the slots of a stage's layers, in the order of these layers.
+
+    `must` and `never` hold (expert, EP rank) pairs for each layer; a pair of `must` may name a rank that the stage has
+    not. `apart` (ep, ep) says which EP ranks may not both hold copies of one expert. `max_imbalance` is the largest
+    over mean load of the EP ranks.
+    """
+
+    must: tuple[Pairs, ...]
+    never: tuple[Pairs, ...]
+    apart: Bools | None = None
+    max_imbalance: float | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether any slots will do."""
+        return (
+            not any(self.must) and not any(self.never) and self.apart is None and self.max_imbalance is None
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What the rules come to: slots that keep them, or a proof that there are none, or neither where it is not decided.
+
+    `slots` is (layers, ep, slots per rank). `impossible` is the proof, in one clause; `layer` the number of the layer
+    that it is about, or of the first one that is not decided.
+    """
+
+    slots: Ints | None
+    impossible: str | None
+    layer: int | None
+
+
+def rules_of(problem: Problem, shape: Shape, gpus: Ints | None, layers: Sequence[int]) -> ExpertRules:
+    """Return the rules of the MoE layers `layers` on a stage whose rank r is on GPU `gpus[r]`.
+
+    With `gpus` None the rules that hold wherever the ranks sit. Pairs of `exclude_experts` on EP ranks that the stage
+    has not are void.
+    """
+    pairs = [problem.expert_masks(layer) for layer in layers]
+    apart = None
+    level = problem.requirements.replicas_across
+    if level is not None and gpus is not None and problem.requirements.redundant_experts:
+        apart = shared_domains(problem.cluster.levels[problem.level_number(level)].domain_of[gpus], shape)
+    return ExpertRules(
+        must=tuple(tuple(must) for must, _ in pairs),
+        never=tuple(tuple(pair for pair in never if pair[1] < shape.ep) for _, never in pairs),
+        apart=apart if apart is not None and apart.any() else None,
+        max_imbalance=problem.requirements.max_imbalance,
+    )
+
+
+def shared_domains(domain: Ints, shape: Shape) -> Bools:
+    """Return (ep, ep) whether two EP ranks share a domain in any EDP copy; `domain` is (ranks,), the diagonal false."""
+    apart = np.zeros((shape.ep, shape.ep), dtype=bool)
+    for copy in domain.reshape(shape.edp, shape.ep, shape.etp):
+        known, number = np.unique(copy, return_inverse=True)
+        inside = np.zeros((shape.ep, len(known)), dtype=np.int64)
+        inside[np.arange(shape.ep)[:, None], number.reshape(copy.shape)] = 1
+        apart |= inside @ inside.T > 0
+    np.fill_diagonal(apart, False)
+    return apart
+
+
+def settle(
+    problem: Problem,
+    task: ExpertTask,
+    rules: ExpertRules,
+    layers: Sequence[int],
+    start: Ints,
+    clock: Clock,
+    seed: int,
+) -> Verdict:
+    """Return slots (layers, ep, slots per rank) that keep the rules and stay as quick as they can, or why there are none.
+
+    `start` are good slots that know no rules; `layers` the numbers of the task's layers. A proof of impossibility is a
+    count, or a model that two configurations of CP-SAT refuse.
+    """
+    if rules.empty:
+        return Verdict(start, None, None)
+    outside = _outside(rules, task.ep, layers)
+    if outside is not None:
+        return outside
+    firsts, like = _alike(task, rules)
+    layer_rules = [layer_of(rules, task, number) for number in firsts]
+    part = replace(task, loads=task.loads[:, firsts])
+    numbers = [layers[number] for number in firsts]
+    found = _Settling(problem, part, layer_rules, numbers, start[firsts], clock, seed).settle()
+    return found if found.slots is None else replace(found, slots=found.slots[like])
+
+
+def layer_of(rules: ExpertRules, task: ExpertTask, number: int) -> LayerRules:
+    """Return the rules of one layer, by its place among the task's layers; every EP rank they name must exist."""
+    masks = []
+    for pairs in (rules.must[number], rules.never[number]):
+        mask = np.zeros((task.ep, task.experts), dtype=bool)
+        for expert, rank in pairs:
+            mask[rank, expert] = True
+        masks.append(mask)
+    return LayerRules(
+        must=masks[0],
+        never=masks[1],
+        apart=np.zeros((task.ep, task.ep), dtype=bool) if rules.apart is None else rules.apart,
+        limit=np.inf if rules.max_imbalance is None else rules.max_imbalance / task.ep,
+        per_rank=task.slots_per_rank,
+    )
+
+
+def _outside(rules: ExpertRules, ep: int, layers: Sequence[int]) -> Verdict | None:
+    """Return the verdict on pins to EP ranks that the stage has not."""
+    for layer, pairs in zip(layers, rules.must, strict=True):
+        for expert, rank in pairs:
+            if rank >= ep:
+                stage = f"the stage has {ep}, numbered from 0" if ep > 1 else "the stage has rank 0 only"
+                clause = f"at layer {layer} `pin_experts` puts expert {expert} on EP rank {rank}, but {stage}"
+                return Verdict(None, clause, layer)
+    return None
+
+
+def _alike(task: ExpertTask, rules: ExpertRules) -> tuple[list[int], Ints]:
+    """Return the first of every kind of layers with the same rules and loads, and (layers,) the kind of each."""
+    known: dict[tuple[Pairs, Pairs, bytes], int] = {}
+    firsts: list[int] = []
+    like = np.zeros(task.layers, dtype=np.int64)
+    for number in range(task.layers):
+        key = (rules.must[number], rules.never[number], task.loads[:, number].tobytes())
+        if key not in known:
+            known[key] = len(firsts)
+            firsts.append(number)
+        like[number] = known[key]
+    return firsts, like
+
+
+class _Settling:
+    """The layers of one call, each unlike the others, on their way to slots that keep the rules."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        task: ExpertTask,
+        rules: list[LayerRules],
+        layers: list[int],
+        start: Ints,
+        clock: Clock,
+        seed: int,
+    ) -> None:
+        self.task, self.rules, self.layers, self.clock, self.seed = task, rules, layers, clock, seed
+        self.names = [scenario.name for scenario in problem.scenarios]
+        self.slots = start.copy()
+        self.held = [held_of(row, task.experts) for row in start]
+
+    def settle(self) -> Verdict:
+        """Count first, repair what is broken, ask CP-SAT where that fails, then improve what changed."""
+        broken = [number for number in range(self.task.layers) if not self._kept(number)]
+        for number in broken:
+            clause = rules_proof.counted(self.rules[number], self.task.loads[:, number], self.names)
+            if clause is not None:
+                return self._impossible(number, clause)
+        undecided: list[int] = []
+        for number in broken:
+            if self._repair(number):
+                continue
+            found, none = rules_model.decide(
+                self.rules[number], self.task.loads[:, number], self.held[number], self.clock, self.seed
+            )
+            if none:
+                return self._impossible(number, f"no slots keep {rules_proof.stated(self.rules[number])}")
+            if found is not None:
+                self.held[number] = found
+                continue
+            undecided.append(number)
+            if len(undecided) == MOST_UNDECIDED:
+                break
+        if undecided:
+            return Verdict(None, None, self.layers[undecided[0]])
+        self._improve(broken)
+        return Verdict(self.slots, None, None)
+
+    def _impossible(self, number: int, clause: str) -> Verdict:
+        return Verdict(None, f"at layer {self.layers[number]} {clause}", self.layers[number])
+
+    def _kept(self, number: int) -> bool:
+        return self.rules[number].keeps(self.held[number], self.task.loads[:, number])
+
+    def _repair(self, number: int) -> bool:
+        """Put a layer on the nearest holdings that keep its rules; return whether they do."""
+        rules, loads = self.rules[number], self.task.loads[:, number]
+        if not rules.keeps_places(self.held[number]):
+            nearest = rules_repair.nearest(rules, self.held[number], self._heat(number))
+            if nearest is None:
+                return False
+            self.held[number] = nearest
+        if not rules.keeps(self.held[number], loads):
+            generator = np.random.default_rng([self.seed, self.layers[number], 23])
+            self.held[number] = rules_repair.level(
+                rules, self.held[number], loads, generator, self.clock.over
+            )
+        return self._kept(number)
+
+    def _heat(self, number: int) -> Floats:
+        """Return (experts,) what an expert weighs: the weighted mean of its loads and the largest, half and half."""
+        loads = self.task.loads[:, number]
+        mean = self.task.weights @ loads / self.task.weights.sum()
+        return np.asarray(0.5 * mean + 0.5 * loads.max(axis=0))
+
+    def _improve(self, changed: list[int]) -> None:
+        """Lower the objective of the layers that were repaired."""
+        if not changed:
+            return
+        slots = np.stack([slots_of(self.held[number]) for number in changed])
+        part = replace(self.task, loads=self.task.loads[:, changed])
+        rules = [self.rules[number] for number in changed]
+        better = rules_repair.improve(part, slots, rules, self.clock, ROUNDS)
+        for place, number in enumerate(changed):
+            task, loads = part.layer(place), part.loads[:, place]
+            # Loads that were carried along through swaps may differ from the exact ones in their last digits.
+            kept = rules[place].keeps(held_of(better[place], task.experts), loads)
+            found = better[place] if kept else slots[place]
+            exact = rules_model.quickest(task, found, rules[place], self.clock, self.seed)
+            if exact is not None and objective(task, exact[None])[0] < objective(task, found[None])[0]:
+                found = exact
+            self.slots[number] = found

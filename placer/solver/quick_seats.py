@@ -1,0 +1,115 @@
+"""Seats for thousands of GPUs at once: groups counted into domains and filled in the order of the file.
+
+It takes part in no optimum: it answers "is there a way to sit" in milliseconds, and where it finds none the exact model
+is asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.problem import Problem
+from placer.solver.seat_groups import group_levels, wants_equal_hosts
+from placer.solver.seat_rules import keeps_all
+from placer.strategy import Shape
+
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+
+def quick_seats(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int]) -> list[Ints] | None:
+    """Return the GPUs of every stage in rank order, or None when they do not fit this way.
+
+    Stages sit in their order; where that fails, the neediest sit first. Each takes the GPUs with the least room that
+    will do, so that the roomy ones are left for the needy. Seats that break another requirement are not offered.
+    """
+    in_order = list(range(len(shapes)))
+    neediest = sorted(in_order, key=lambda stage: -needs[stage])
+    ranks = sum(shape.ranks for shape in shapes)
+    for free in _offers(problem, ranks):
+        for order in (in_order, neediest) if neediest != in_order else (in_order,):
+            gpus = _in_this_order(problem, shapes, needs, order, free)
+            if gpus is not None and keeps_all(problem, shapes, gpus):
+                return gpus
+    return None
+
+
+def _offers(problem: Problem, ranks: int) -> Iterator[Mask]:
+    """Yield masks of GPUs to sit on: all, then what GPUs that must be used and launchers that want equal hosts leave."""
+    free = problem.allowed
+    equal = wants_equal_hosts(problem)
+    if not equal:
+        yield free
+    if not (problem.pinned.any() or equal):
+        return
+    host_of, hosts = problem.cluster.host_of, len(problem.cluster.hosts)
+    # Pinned GPUs come first on a host, and hosts with some first of all.
+    order = np.lexsort((np.arange(len(free)), ~problem.pinned, host_of))
+    order = order[free[order]]
+    place = np.zeros(len(free), dtype=np.int64)
+    counts = np.bincount(host_of[order], minlength=hosts)
+    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    pinned = np.bincount(host_of[problem.pinned], minlength=hosts)
+    by_pins = np.argsort(-pinned, kind="stable")
+    if not equal:
+        needed = int(np.searchsorted(np.cumsum(counts[by_pins]), ranks)) + 1
+        yield free & np.isin(host_of, by_pins[:needed])
+        return
+    for size in range(int(counts.max(initial=0)), 0, -1):
+        if ranks % size == 0:
+            yield _first_hosts(by_pins, counts, host_of, free & (place < size), ranks // size, size)
+
+
+def _first_hosts(by_pins: Ints, counts: Ints, host_of: Ints, free: Mask, used: int, size: int) -> Mask:
+    """Return the GPUs of the first so many hosts that have `size` of them."""
+    hosts = by_pins[counts[by_pins] >= size][:used]
+    return np.asarray(free & np.isin(host_of, hosts))
+
+
+def _in_this_order(
+    problem: Problem, shapes: Sequence[Shape], needs: Sequence[int], order: Sequence[int], free: Mask
+) -> list[Ints] | None:
+    free = free.copy()
+    found: dict[int, Ints] = {}
+    for stage in order:
+        gpus = _stage(problem, shapes[stage], needs[stage], free)
+        if gpus is None:
+            return None
+        found[stage] = gpus
+        free[gpus] = False
+    return [found[stage] for stage in range(len(shapes))]
+
+
+def _stage(problem: Problem, shape: Shape, need: int, free: Mask) -> Ints | None:
+    """Return the GPUs of one stage, for the smallest room that is enough with the GPUs that have it."""
+    fits = free & (problem.memory_limit >= need)
+    limits = np.unique(problem.memory_limit[fits])
+    for most in limits.tolist():
+        # The least roomy GPUs first, and all that fit in the end.
+        gpus = _groups(problem, shape, fits & (problem.memory_limit <= most))
+        if gpus is not None:
+            return gpus
+    return None
+
+
+def _groups(problem: Problem, shape: Shape, fits: Mask) -> Ints | None:
+    """Return GPUs for all ranks of a stage, whole groups in the domains that must hold them, in the order of the file."""
+    groups = group_levels(problem, shape)
+    gpus = np.flatnonzero(fits)
+    # Small groups first: what is left over in a domain by one of them is of no use to a large one either.
+    for size, level in reversed(groups):
+        gpus = _whole_groups(gpus, problem.cluster.levels[level].domain_of[gpus], size)
+    return gpus[: shape.ranks] if len(gpus) >= shape.ranks else None
+
+
+def _whole_groups(gpus: Ints, domain: Ints, size: int) -> Ints:
+    """Return `gpus` sorted by domain, without those beyond the last whole group of `size` in each domain."""
+    order = np.argsort(domain, kind="stable")
+    gpus, domain = gpus[order], domain[order]
+    begins = np.flatnonzero(np.concatenate([[True], domain[1:] != domain[:-1]]))
+    counts = np.diff(np.concatenate([begins, [len(gpus)]])) if len(gpus) else np.zeros(0, dtype=np.int64)
+    place = np.arange(len(gpus)) - np.repeat(begins[: len(counts)], counts)
+    return gpus[place < np.repeat(counts // size * size, counts)]

@@ -1,0 +1,142 @@
+"""Which ranks belong together: groups that stay inside a domain, ranks that stay apart, runs that a launcher wants.
+
+What the requirements ask of seats, in terms of rank numbers; both the exact model and the rules on given seats read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placer.problem import Problem
+from placer.spec.requirements import CONTIGUITY
+from placer.strategy import Shape
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class GroupLevel:
+    """Groups of `size` ranks stay inside a domain of `level`; where `spread`, a domain of `replicas_across` holds few of one."""
+
+    size: int
+    level: int
+    spread: bool = False
+
+
+def group_levels(problem: Problem, shape: Shape) -> list[tuple[int, int]]:
+    """Return (size, level) of the groups that must stay inside a domain, the large group first; implied ones left out."""
+    stated = [
+        (size, problem.level_number(name))
+        for name, size in (
+            (problem.requirements.tp_within, shape.tp),
+            (problem.requirements.ep_within, shape.ep_group),
+        )
+        if name is not None and size > 1
+    ]
+    stated.sort(key=lambda group: (-group[0], group[1]))
+    kept: list[tuple[int, int]] = []
+    for size, level in stated:
+        # A group inside a larger one that must stay in as small a domain, or a smaller one, stays there with it.
+        if not kept or level < kept[-1][1]:
+            kept.append((size, level))
+    return kept
+
+
+def unit_levels(problem: Problem, shape: Shape, *, experts: bool) -> list[GroupLevel]:
+    """Return the groups that are counted, the large ones first: those kept together, and EP groups that must spread.
+
+    Only a stage that has `experts`, whatever the split of the layers, must spread them.
+    """
+    levels = [GroupLevel(size, level) for size, level in group_levels(problem, shape)]
+    if not experts or most_in_domain(problem, shape) is None:
+        return levels
+    size = shape.ep_group
+    around = [group.level for group in levels if group.size >= size]
+    spread = GroupLevel(size, around[-1] if around else len(problem.cluster.levels) - 1, spread=True)
+    kept = [group for group in levels if group.size != size]
+    return sorted([*kept, spread], key=lambda group: -group.size)
+
+
+def have_experts(problem: Problem, counts: Sequence[int | None]) -> list[bool]:
+    """Return for each stage whether it holds an MoE layer in every split of the layers that `counts` allows."""
+    layers, moe = problem.model.layer_count, set(problem.model.moe_layers)
+    if None not in counts:
+        edges = np.cumsum([0, *[count or 0 for count in counts]]).tolist()
+        return [not moe.isdisjoint(range(first, last)) for first, last in pairwise(edges)]
+    listed = any(count is not None for count in counts)
+    # A stage of like ones holds a layer; which one is not known.
+    return [len(moe) == layers and bool(count or (count is None and not listed)) for count in counts]
+
+
+def most_in_domain(problem: Problem, shape: Shape) -> int | None:
+    """Return the most EP ranks of a group that one domain of `replicas_across` can hold; None where that binds nothing.
+
+    A domain holds no expert twice, so it holds at most as many slots as there are experts.
+    """
+    moe, stated = problem.model.moe, problem.requirements
+    if stated.replicas_across is None or moe is None or problem.slots == moe.experts or shape.ep == 1:
+        return None
+    most = moe.experts // (problem.slots // shape.ep)
+    return most if most < shape.ep else None
+
+
+def pinned_copies(problem: Problem, shapes: Sequence[Shape]) -> list[tuple[int, ...]]:
+    """Return ranks of which no two may share a domain of `replicas_across`: the first ones of EP ranks with one expert pinned.
+
+    Only pins that hold in every layer, where every stage has experts: others are left to the experts' own rules.
+    """
+    stated, model = problem.requirements, problem.model
+    if stated.replicas_across is None or len(model.moe_layers) < model.layer_count:
+        return []
+    wanted: dict[int, set[int]] = {}
+    for pin in stated.pin_experts:
+        if pin.layer_numbers is None:
+            for expert in pin.experts:
+                wanted.setdefault(expert, set()).update(pin.ep)
+    sets = {tuple(sorted(ranks)) for ranks in wanted.values() if len(ranks) > 1}
+    found: list[tuple[int, ...]] = []
+    start = 0
+    for shape in shapes:
+        for group in range(shape.edp):
+            first = start + group * shape.ep_group
+            found += [
+                tuple(first + rank * shape.etp for rank in ranks)
+                for ranks in sorted(sets)
+                if ranks[-1] < shape.ep
+            ]
+        start += shape.ranks
+    return found
+
+
+def launch_runs(problem: Problem, shapes: Sequence[Shape]) -> list[Ints]:
+    """Return the rank sequences in each of which a host must hold one unbroken run: all ranks, or each SGLang server's.
+
+    Empty where the launcher takes any order.
+    """
+    name = problem.requirements.launcher or "ranks"
+    if not CONTIGUITY[name][0]:
+        return []
+    starts = np.cumsum([0, *[shape.ranks for shape in shapes]])
+    if name != "sglang" or len(set(shapes)) > 1:
+        return [np.arange(starts[-1])]
+    # A server has one copy of the experts, or one TP group of a dense model, of every stage.
+    size = shapes[0].ep_group if problem.model.moe is not None else shapes[0].tp
+    return [
+        np.concatenate([start + first + np.arange(size) for start in starts[:-1]])
+        for first in range(0, shapes[0].ranks, size)
+    ]
+
+
+def wants_equal_hosts(problem: Problem) -> bool:
+    """Whether the launcher gives every host of a run as many ranks."""
+    return CONTIGUITY[problem.requirements.launcher or "ranks"][1]
+
+
+def hosts_admitted(problem: Problem, stages: int, hosts: int) -> bool:
+    """Whether so many hosts can hold so many stages: where every host holds as many, one number divides the other."""
+    return not wants_equal_hosts(problem) or hosts % stages == 0 or stages % hosts == 0
