@@ -4,6 +4,7 @@ The Python API, imported when first used, so that `import placer` stays quick:
 
     problem = placer.load_problem("instances/quickstart.yaml")
     result, placement = placer.solve(problem, time_limit=60)
+    told = placer.check(problem)  # does anything fit, and if not, why, and what would
     findings = placer.check_placement(placement, problem)
     placer.save_placement(placement, "placement.json")
     placer.emit(placement, "torchrun", "launch")
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from placer.errors import ExportError, InputError, PlacerError, SolverError
     from placer.expert_maps.base import ExpertMap
     from placer.expert_maps.registry import read_expert_map, render_expert_map
+    from placer.explain.explaining import check
     from placer.importers.routing import read_routings
     from placer.launchers.registry import emit, list_launchers
     from placer.placement import Placement, load_placement, save_placement
@@ -45,6 +47,7 @@ __all__ = [
     "Problem",
     "SolverError",
     "__version__",
+    "check",
     "check_placement",
     "emit",
     "list_launchers",
@@ -72,6 +75,7 @@ _HOMES = {
     "PlacerError": "placer.errors",
     "Problem": "placer.problem",
     "SolverError": "placer.errors",
+    "check": "placer.explain.explaining",
     "check_placement": "placer.verify",
     "emit": "placer.launchers.registry",
     "list_launchers": "placer.launchers.registry",

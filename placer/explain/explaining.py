@@ -9,7 +9,7 @@ from placer.problem import Problem
 from placer.report.explanation import Condition, Explanation
 from placer.solver import certificates
 from placer.solver.clock import Clock
-from placer.solver.existence import Existence
+from placer.solver.existence import NO_SEATS, Existence
 
 #: Seconds of a check, unless told.
 TIME_LIMIT = 20.0
@@ -94,5 +94,7 @@ def sentence(conflict: Conflict) -> str:
     if not phrases:
         return f"Because {reason}, no placement exists"
     more = len(phrases) - _TOLD
+    if NO_SEATS in reason:
+        reason = "no seats for the ranks keep all of that"
     others = f", with {more} more {'condition' if more == 1 else 'conditions'}" if more > 0 else ""
     return f"Because {', '.join(phrases[:_TOLD])}{others}, and {reason}, no placement exists"

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from placer import verify
-from placer.cost.latency import CostModel
+from placer.cost.collectives import Seat
+from placer.cost.latency import CostModel, make_layout
 from placer.explain.conflict import Oracle, smallest_conflict
 from placer.explain.members import DEGREES, Member, with_parts, without
 from placer.problem import Problem
@@ -97,7 +98,8 @@ class WayFinder:
         answer = self.ask(gone)
         if answer.answer:
             found = self._smallest(problem, member, gone, answer)
-            return None if found is None else _way(found)
+            note = price_of_spanning(problem, found.answer) if found and member.kind == "tp_within" else ""
+            return None if found is None else _way(found, note)
         if answer.answer is None or depth <= 1 or self.clock.over():
             return None
         # Something else is in the way as well: the condition is dropped, and the next conflict looked at.
@@ -152,7 +154,7 @@ class WayFinder:
         return _Found(best.change, best.answer, proven and abs(yes - no) <= 1)
 
 
-def _way(found: _Found) -> WayOut:
+def _way(found: _Found, note: str) -> WayOut:
     plan = found.answer.plan
     if plan is None:
         raise AssertionError("a way out has a placement")
@@ -162,7 +164,28 @@ def _way(found: _Found) -> WayOut:
         gpus=plan.strategy.ranks,
         steps=found.answer.latencies,
         smallest=found.smallest,
+        note=note,
     )
+
+
+def price_of_spanning(problem: Problem, answer: Existence) -> str:
+    """Return what TP groups that leave their innermost domain add to a step, modelled, in the scenario where it is most."""
+    plan, cost = answer.plan, CostModel(problem)
+    if plan is None:
+        return ""
+    most, name = 0.0, ""
+    for n, scenario in enumerate(problem.scenarios):
+        added = 0.0
+        for stage in plan.stages:
+            layout = make_layout(problem, stage.shape, stage.gpus)
+            inside = (Seat((stage.shape.tp,), 0, math.inf),)
+            for layer in stage.layers:
+                group = problem.model.group_of[layer]
+                own = cost.collective_terms(n, group, stage.shape, (layout.types, layout.tp_seats))
+                added += own - cost.collective_terms(n, group, stage.shape, (layout.types, inside))
+        if added > most:
+            most, name = added, scenario.name
+    return f"costs {format_time(most)} a step of {name} in TP all-reduces between domains" if name else ""
 
 
 def _more(way: WayOut, other: WayOut) -> bool:

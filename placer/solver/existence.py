@@ -43,6 +43,7 @@ MAX_STRATEGIES, MAX_MODELS = 10_000, 60
 ROOMY, QUICK_TRIES = 0.95, 6
 #: A bound is summed in another order than a price, so they may differ in their last digits.
 TIME_ROUNDING = 1e-9
+NO_SEATS = "has no seats that keep every requirement"
 #: GPUs that answer "does anything fit" as well as more would.
 MANY_GPUS = 1024
 #: Seconds of a search for a placement that keeps a time limit, where the first one does not.
@@ -261,7 +262,7 @@ class _Question:
         shapes = case.strategy.stages
         key = signature(self.problem, shapes, case.counts, case.memory, edges)
         if key in self.without_seats:
-            self.refused.add("seats", case.strategy, "has no seats that keep every requirement")
+            self.refused.add("seats", case.strategy, NO_SEATS)
             return None
         if self.models >= MAX_MODELS:
             self.open = True
@@ -272,7 +273,7 @@ class _Question:
         )
         if found.answer is False:
             self.without_seats.add(key)
-            self.refused.add("seats", case.strategy, "has no seats that keep every requirement")
+            self.refused.add("seats", case.strategy, NO_SEATS)
         self.open |= found.answer is None
         return (found.edges, found.gpus) if found.answer else None
 
