@@ -16,8 +16,9 @@ this package can be a function or a submodule and never both, since importing a 
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from placer.version import __version__
 
 if TYPE_CHECKING:
     from placer.errors import ExportError, InputError, PlacerError, SolverError
@@ -31,11 +32,6 @@ if TYPE_CHECKING:
     from placer.solver.answer import solve
     from placer.solver.experts.placing import ExpertProblem, place_experts
     from placer.verify import check_placement
-
-try:
-    __version__ = version("placer")
-except PackageNotFoundError:
-    __version__ = "0+unknown"
 
 __all__ = [
     "ExpertMap",

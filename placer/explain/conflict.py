@@ -34,13 +34,21 @@ class Oracle:
         return self.asked[key]
 
     def _ask(self, keys: frozenset[str]) -> Existence:
+        """Return the answer, for the best of what a condition left out may be.
+
+        Degrees left open are tried at common values, so what was stated stays one of them. Copies left out are the fewest
+        that divide; those that were stated may balance better, or let pins of experts hold.
+        """
         answer = exists(without(self.problem, keys), self.clock, seed=self.seed, known=self.known)
-        fixed = frozenset(key for key in keys if not key.startswith("strategy."))
-        if answer.answer or fixed == keys:
-            return answer
-        # Degrees left open are tried at common values: what was stated stays one of them.
-        stated = self.without(fixed)
-        return stated if stated.answer or (answer.answer is False and stated.answer is None) else answer
+        stated = [frozenset(key for key in keys if not key.startswith("strategy."))]
+        stated += [part - {"redundant_experts"} for part in (keys, stated[0])]
+        for fewer in dict.fromkeys(stated):
+            if answer.answer or fewer == keys:
+                continue
+            other = self.without(fewer)
+            if other.answer or (answer.answer is False and other.answer is None):
+                answer = other
+        return answer
 
 
 @dataclass(frozen=True)

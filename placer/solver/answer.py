@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from placer import __version__, verify
+from placer import verify
 from placer.cost.constants import model_digest
 from placer.cost.latency import CostModel
 from placer.cost.memory import stage_memory
@@ -26,6 +26,7 @@ from placer.problem import Problem
 from placer.solver.clock import Clock
 from placer.solver.existence import exists
 from placer.solver.search import Progress, Result, Search
+from placer.version import __version__
 
 MAX_PARTS = 20
 _UNDECIDED_FIRST = ("out of time", "nothing found", "infeasible", "feasible", "optimal")

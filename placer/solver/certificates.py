@@ -12,6 +12,7 @@ import numpy as np
 
 from placer.cost.memory import MIN_ACTIVATION_BYTES, RUNTIME_BYTES, least_activations, weight_bytes
 from placer.problem import Problem
+from placer.solver.counting import woven
 from placer.spec.dtypes import BYTES_PER_VALUE
 from placer.spec.units import format_bytes
 
@@ -32,7 +33,7 @@ class Certificate:
 
 def first(problem: Problem) -> Certificate | None:
     """Return the first proof that applies; None where counting over all strategies proves nothing."""
-    for rule in (no_gpu, pinned_twice, pinned_ranks, total_memory, copies):
+    for rule in (no_gpu, pinned_twice, pinned_ranks, pinned_runs, total_memory, copies):
         found = rule(problem)
         if found is not None:
             return found
@@ -128,6 +129,20 @@ def _overfull(problem: Problem, ranks: list[int], gpus: int) -> Certificate:
     )
 
 
+def pinned_runs(problem: Problem) -> Certificate | None:
+    """Ranks pinned to a host leave room for those between them, where a launcher numbers each host in one run."""
+    stated = problem.requirements
+    if stated.launcher != "torchrun":
+        return None
+    found = woven(problem, {rank: rank for rank in stated.pin_ranks})
+    if found is None:
+        return None
+    members = ["launcher", *(f"pin_ranks.{rank}" for rank in stated.pin_ranks)]
+    members += [f"exclude_ranks.{rank}" for rank in stated.exclude_ranks if rank in stated.pin_ranks]
+    members += [f"exclude.{host}" for host in stated.exclude]
+    return Certificate("pinned runs", tuple(members), f"`launcher: {stated.launcher}` {found}", 2, 1)
+
+
 def total_memory(problem: Problem) -> Certificate | None:
     """All GPUs that may be used hold the weights, the caches, the activations and a runtime on each."""
     each = RUNTIME_BYTES + MIN_ACTIVATION_BYTES
@@ -213,6 +228,7 @@ def copies(problem: Problem) -> Certificate | None:
         return None
     members = ["redundant_experts", "replicas_across"]
     members += ["ep_within"] if stated.ep_within is not None else []
+    members += [f"exclude.{host}" for host in stated.exclude]
     inside = f" inside one domain of `ep_within: {stated.ep_within}`" if stated.ep_within is not None else ""
     return Certificate(
         "copies",

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from placer.placement import RankRecord, StageRecord, StrategyRecord
 from placer.problem import Problem
-from placer.solver.seat_groups import hosts_admitted, launch_runs, wants_equal_hosts
+from placer.solver.seat_groups import group_levels, hosts_admitted, launch_runs, wants_equal_hosts
 from placer.solver.stages import FORBIDDEN, MemoryTable, StageMemory
 from placer.spec.units import format_bytes
 from placer.strategy import Strategy
@@ -211,6 +211,72 @@ def pin_ranks(case: Case) -> Objection | None:
     return None
 
 
+def pinned_groups(case: Case) -> Objection | None:
+    """Pinned ranks of one group that must stay inside a domain have a domain that all of them may be in."""
+    problem, start = case.problem, 0
+    for shape in case.strategy.stages:
+        named = [rank for rank in problem.rank_masks if start <= rank < start + shape.ranks]
+        for size, level in group_levels(problem, shape) if named else ():
+            domain_of = problem.cluster.levels[level].domain_of
+            common: dict[int, set[int]] = {}
+            for rank in named:
+                own = set(domain_of[problem.rank_masks[rank] & problem.allowed].tolist())
+                group = (rank - start) // size
+                common[group] = common.get(group, own) & own
+                if not common[group]:
+                    name = problem.cluster.levels[level].name
+                    first = start + group * size
+                    return Objection(
+                        "pin_ranks",
+                        f"keeps the ranks {first} to {first + size - 1} in one `{name}` domain, and no domain is left to "
+                        "those of them that are pinned",
+                    )
+        start += shape.ranks
+    return None
+
+
+def pinned_runs(case: Case) -> Objection | None:
+    """Ranks pinned to one host have those between them there as well, where each host holds one run of ranks."""
+    problem = case.problem
+    for run in launch_runs(problem, case.strategy.stages) if problem.rank_masks else ():
+        found = woven(problem, dict(enumerate(run.tolist())))
+        if found is not None:
+            return Objection("launcher", found)
+    return None
+
+
+def woven(problem: Problem, rank_at: dict[int, int]) -> str | None:
+    """Return why the pinned ranks at these places of a run cannot be in one run on each host, in a clause; None if they can.
+
+    `rank_at` gives the rank at each place; places without a requirement may be left out.
+    """
+    host_of = problem.cluster.host_of
+    hosts_of = {
+        place: set(host_of[problem.rank_masks[rank] & problem.allowed].tolist())
+        for place, rank in rank_at.items()
+        if rank in problem.rank_masks
+    }
+    fixed: dict[int, list[int]] = {}
+    for place, hosts in hosts_of.items():
+        if len(hosts) == 1:
+            fixed.setdefault(min(hosts), []).append(place)
+    free = np.bincount(host_of[problem.allowed], minlength=len(problem.cluster.hosts))
+    for host, places in fixed.items():
+        first, last, name = min(places), max(places), problem.cluster.hosts[host]
+        for place, hosts in hosts_of.items():
+            if first < place < last and host not in hosts:
+                return (
+                    f"keeps the ranks {rank_at[first]} to {rank_at[last]} on {name} in one run, and rank "
+                    f"{rank_at[place]} may not be there"
+                )
+        if last - first + 1 > free[host]:
+            return (
+                f"keeps the ranks {rank_at[first]} to {rank_at[last]} on {name} in one run of {last - first + 1}, and "
+                f"{int(free[host])} of its GPUs may be used"
+            )
+    return None
+
+
 def max_slots(case: Case) -> Objection | None:
     """An EP rank has at most `max_slots` slots, and EP ranks that experts are pinned to exist."""
     problem = case.problem
@@ -342,6 +408,8 @@ RULES: tuple[Callable[[Case], Objection | None], ...] = (
     divide_evenly,
     pin_layers,
     pin_ranks,
+    pinned_groups,
+    pinned_runs,
     max_slots,
     launcher,
     equal_hosts,

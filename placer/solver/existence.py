@@ -33,14 +33,18 @@ from placer.solver.seating import expert_task
 from placer.solver.seats_model import find_seats, signature
 from placer.solver.stages import StageCosts
 from placer.spec.units import format_time
-from placer.strategy import Strategy, enumerate_strategies
+from placer.strategy import Shape, Strategy, enumerate_strategies
 
 Ints = NDArray[np.int64]
 
 #: Strategies that are asked about before the question is left undecided, and those that the exact models are asked about.
 MAX_STRATEGIES, MAX_MODELS = 10_000, 60
+#: Exact models that may end undecided before no more are asked: each costs seconds.
+MAX_UNDECIDED = 3
 #: Share of the room below which a strategy is tried before all are known, and how many are.
 ROOMY, QUICK_TRIES = 0.95, 6
+#: Strategies that are tried by the quick ways once all are known, before any exact model.
+MORE_QUICK_TRIES = 300
 #: A bound is summed in another order than a price, so they may differ in their last digits.
 TIME_ROUNDING = 1e-9
 NO_SEATS = "has no seats that keep every requirement"
@@ -48,6 +52,8 @@ NO_SEATS = "has no seats that keep every requirement"
 MANY_GPUS = 1024
 #: Seconds of a search for a placement that keeps a time limit, where the first one does not.
 SEARCH_SECONDS = 5.0
+#: Strategies, the most promising first, that get such a search.
+MAX_SEARCHES = 3
 
 
 @dataclass(frozen=True)
@@ -137,8 +143,8 @@ class _Question:
         self.limited = any(math.isfinite(limit) for limit in problem.step_limits)
         self.cost, self.bounds, self.known_steps = known.times(problem)
         self.known = known
-        self.asked = self.models = 0
-        self.open = False
+        self.asked = self.models = self.undecided = self.searches = 0
+        self.open = self.by_solver = False
         self.without_seats: set[tuple[object, ...]] = set()
         self.settled: dict[tuple[object, ...], Verdict] = {}
 
@@ -153,17 +159,21 @@ class _Question:
                     return found
                 quick -= 1
             waiting.append(case)
-        for case in sorted(waiting, key=lambda case: (self._tightness(case), _fill(case))):
-            if self.clock.over():
-                self.open = True
-                break
-            found = self._try(case, exact=True)
-            if found is not None:
-                return found
+        waiting.sort(key=lambda case: (self._tightness(case), _fill(case)))
+        # The quick ways for all of them cost less than the exact model of one.
+        quickly = [] if self.limited else waiting[:MORE_QUICK_TRIES]
+        for exact, cases in ((False, quickly), (True, waiting)):
+            for case in cases:
+                if self.clock.over():
+                    self.open = True
+                    break
+                found = self._try(case, exact=exact)
+                if found is not None:
+                    return found
         if self.open:
             return Existence(None, reasons=tuple(self.refused.told()), strategies=self.asked)
         reasons = self.refused.told() or [nothing_to_try(self.problem)]
-        proof = "two solver configurations" if self.models else "counting"
+        proof = "two solver configurations" if self.models or self.by_solver else "counting"
         return Existence(
             False,
             reasons=tuple(reasons),
@@ -225,6 +235,8 @@ class _Question:
 
         Without `exact` only the quick ways are tried, and that they fail says nothing.
         """
+        if self._experts_refused(case):
+            return None
         seats = self._seats(case, exact=exact)
         if seats is None:
             return None
@@ -238,6 +250,26 @@ class _Question:
             return None
         plan = Plan(plans, experts)
         return self._checked(case, plan)
+
+    def _experts_refused(self, case: Case) -> bool:
+        """Whether the rules on experts that know nothing of seats already rule the strategy out; asked once for each EP."""
+        problem, shape = self.problem, case.strategy.stages[0]
+        if not case.strategy.uniform or stages.experts_problem(problem, shape):
+            return False
+        gpus = np.flatnonzero(problem.allowed)[: shape.ranks]
+        for group, stated in enumerate(problem.model.groups):
+            layers = [layer for layer in problem.model.moe_layers if problem.model.group_of[layer] == group]
+            rules = rules_of(problem, shape, None, layers)
+            if stated.moe is None or rules.empty:
+                continue
+            task = expert_task(problem, self.cost, shape, make_layout(problem, shape, gpus), group, layers)
+            start = in_order(task.experts, task.slots, task.ep, task.layers)
+            impossible = self._settled(task, rules, shape, layers, start).impossible
+            if impossible is not None:
+                self.by_solver = True
+                self.refused.add("experts", case.strategy, f"finds no slots for its experts: {impossible}")
+                return True
+        return False
 
     def _seats(self, case: Case, *, exact: bool) -> tuple[list[int], list[Ints]] | None:
         shapes = case.strategy.stages
@@ -264,7 +296,7 @@ class _Question:
         if key in self.without_seats:
             self.refused.add("seats", case.strategy, NO_SEATS)
             return None
-        if self.models >= MAX_MODELS:
+        if self.models >= MAX_MODELS or self.undecided >= MAX_UNDECIDED:
             self.open = True
             return None
         self.models += 1
@@ -275,6 +307,7 @@ class _Question:
             self.without_seats.add(key)
             self.refused.add("seats", case.strategy, NO_SEATS)
         self.open |= found.answer is None
+        self.undecided += found.answer is None
         return (found.edges, found.gpus) if found.answer else None
 
     def _experts(self, case: Case, plans: tuple[StagePlan, ...]) -> dict[int, Ints] | None:
@@ -293,7 +326,7 @@ class _Question:
                     if self.limited or rules.max_imbalance is not None:
                         slots = placing.place_task(task, layers, self.clock, seed=self.seed, kicks=0)
                     if not rules.empty:
-                        verdict = self._settled(task, rules, plan, layers, slots)
+                        verdict = self._settled(task, rules, plan.shape, layers, slots)
                         if verdict.slots is None:
                             self._no_slots(case, task, plan, layers, verdict.impossible)
                             return None
@@ -302,10 +335,10 @@ class _Question:
         return result
 
     def _settled(
-        self, task: ExpertTask, rules: ExpertRules, plan: StagePlan, layers: list[int], slots: Ints
+        self, task: ExpertTask, rules: ExpertRules, shape: Shape, layers: list[int], slots: Ints
     ) -> Verdict:
         """Return what the rules come to; where they know nothing of seats, once for all strategies of one EP."""
-        key = (plan.shape.ep, tuple(layers))
+        key = (shape.ep, tuple(layers))
         if rules.apart is not None or key not in self.settled:
             verdict = settle(self.problem, task, rules, layers, slots, self.clock, self.seed)
             if rules.apart is not None:
@@ -327,7 +360,7 @@ class _Question:
             # Other seats, or another split, could do.
             self.open = True
             return
-        self.models += 1
+        self.by_solver = True
         self.refused.add("experts", case.strategy, f"finds no slots for its experts: {anyhow}")
 
     def _checked(self, case: Case, plan: Plan) -> Existence | None:
@@ -357,9 +390,10 @@ class _Question:
         from placer.solver.search import Search
 
         seconds = min(SEARCH_SECONDS, self.clock.left())
-        if seconds <= 0:
+        if seconds <= 0 or self.searches >= MAX_SEARCHES:
             self.open = True
             return None
+        self.searches += 1
         request = self.problem.request.model_copy(
             update=_stage_request(case.strategy) if self.problem.request.stages is None else {}
         )

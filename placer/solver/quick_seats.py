@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.problem import Problem
-from placer.solver.seat_groups import group_levels, wants_equal_hosts
+from placer.solver.run_seats import seats_in_runs
+from placer.solver.seat_groups import group_levels, launch_runs, wants_equal_hosts
 from placer.solver.seat_rules import keeps_all
 from placer.strategy import Shape
 
@@ -32,9 +33,34 @@ def quick_seats(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int])
     for free in _offers(problem, ranks):
         for order in (in_order, neediest) if neediest != in_order else (in_order,):
             gpus = _in_this_order(problem, shapes, needs, order, free)
-            if gpus is not None and keeps_all(problem, shapes, gpus):
-                return gpus
+            if gpus is None:
+                continue
+            for seats in (gpus, with_pins(problem, gpus)) if problem.rank_masks else (gpus,):
+                if keeps_all(problem, shapes, seats):
+                    return seats
+    if problem.rank_masks and launch_runs(problem, shapes):
+        return next(
+            (gpus for gpus in seats_in_runs(problem, shapes, needs) if keeps_all(problem, shapes, gpus)), None
+        )
     return None
+
+
+def with_pins(problem: Problem, gpus: list[Ints]) -> list[Ints]:
+    """Return seats in which pinned ranks have changed places with the ranks on GPUs where they may be, or moved to free ones."""
+    every = np.concatenate(gpus)
+    settled: set[int] = set()
+    for rank, mask in sorted(problem.rank_masks.items(), key=lambda item: (int(item[1].sum()), item[0])):
+        if rank >= len(every):
+            continue
+        if not mask[every[rank]]:
+            others = [place for place in np.flatnonzero(mask[every]).tolist() if place not in settled]
+            free = np.setdiff1d(np.flatnonzero(mask & problem.allowed), every)
+            if others:
+                every[[rank, others[0]]] = every[[others[0], rank]]
+            elif len(free):
+                every[rank] = free[0]
+        settled.add(rank)
+    return np.split(every, np.cumsum([len(row) for row in gpus])[:-1])
 
 
 def _offers(problem: Problem, ranks: int) -> Iterator[Mask]:

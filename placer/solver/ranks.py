@@ -268,6 +268,7 @@ def improve(
             cluster.levels[0].domain_of.tolist(),
             cluster.type_of.tolist(),
             problem.memory_limit.tolist(),
+            _told_apart(problem).tolist(),
             strict=True,
         )
     )
@@ -287,11 +288,22 @@ def improve(
     return gpus
 
 
+def _told_apart(problem: Problem) -> Ints:
+    """Return (gpus,) the number of each GPU that a requirement tells from its like, and -1 for the others."""
+    own = problem.pinned.copy()
+    if problem.since is not None:
+        own[problem.since[problem.since >= 0]] = True
+    for mask in problem.rank_masks.values():
+        if mask.sum() == 1:
+            own |= mask
+    return np.where(own, np.arange(len(own)), -1)
+
+
 def _moves(
     problem: Problem,
     seats: list[StageSeat],
     gpus: list[Ints],
-    kind: list[tuple[int, int, int]],
+    kind: list[tuple[int, int, int, int]],
     *,
     single: bool,
 ) -> Iterator[list[Ints]]:
@@ -302,12 +314,12 @@ def _moves(
         for place in range(0, len(row), 1 if single else seats[stage].shape.atom)
     ]
     used = set(np.concatenate(gpus).tolist())
-    spare: dict[tuple[int, int, int], list[int]] = {}
+    spare: dict[tuple[int, int, int, int], list[int]] = {}
     for gpu in np.flatnonzero(problem.allowed).tolist():
         if gpu not in used:
             spare.setdefault(kind[gpu], []).append(gpu)
 
-    def kinds_of(stage: int, place: int, size: int) -> list[tuple[int, int, int]]:
+    def kinds_of(stage: int, place: int, size: int) -> list[tuple[int, int, int, int]]:
         return [kind[gpu] for gpu in gpus[stage][place : place + size].tolist()]
 
     for number, (stage, place, size) in enumerate(units):

@@ -50,7 +50,7 @@ def group_levels(problem: Problem, shape: Shape) -> list[tuple[int, int]]:
 def unit_levels(problem: Problem, shape: Shape, *, experts: bool) -> list[GroupLevel]:
     """Return the groups that are counted, the large ones first: those kept together, and EP groups that must spread.
 
-    Only a stage that has `experts`, whatever the split of the layers, must spread them.
+    Only a stage that has `experts` must spread them.
     """
     levels = [GroupLevel(size, level) for size, level in group_levels(problem, shape)]
     if not experts or most_in_domain(problem, shape) is None:
@@ -62,15 +62,13 @@ def unit_levels(problem: Problem, shape: Shape, *, experts: bool) -> list[GroupL
     return sorted([*kept, spread], key=lambda group: -group.size)
 
 
-def have_experts(problem: Problem, counts: Sequence[int | None]) -> list[bool]:
-    """Return for each stage whether it holds an MoE layer in every split of the layers that `counts` allows."""
-    layers, moe = problem.model.layer_count, set(problem.model.moe_layers)
+def may_have_experts(problem: Problem, counts: Sequence[int | None]) -> list[bool]:
+    """Return for each stage whether it holds an MoE layer in some split of the layers that `counts` allows."""
+    moe = set(problem.model.moe_layers)
     if None not in counts:
         edges = np.cumsum([0, *[count or 0 for count in counts]]).tolist()
         return [not moe.isdisjoint(range(first, last)) for first, last in pairwise(edges)]
-    listed = any(count is not None for count in counts)
-    # A stage of like ones holds a layer; which one is not known.
-    return [len(moe) == layers and bool(count or (count is None and not listed)) for count in counts]
+    return [bool(moe) and count != 0 for count in counts]
 
 
 def most_in_domain(problem: Problem, shape: Shape) -> int | None:
@@ -85,13 +83,14 @@ def most_in_domain(problem: Problem, shape: Shape) -> int | None:
     return most if most < shape.ep else None
 
 
-def pinned_copies(problem: Problem, shapes: Sequence[Shape]) -> list[tuple[int, ...]]:
-    """Return ranks of which no two may share a domain of `replicas_across`: the first ones of EP ranks with one expert pinned.
+def pinned_copies(problem: Problem, shapes: Sequence[Shape]) -> list[tuple[int, tuple[int, ...]]]:
+    """Return (stage, ranks) of which no two ranks may share a domain of `replicas_across` if the stage has an MoE layer.
 
-    Only pins that hold in every layer, where every stage has experts: others are left to the experts' own rules.
+    They are the first ranks of the EP ranks that one expert is pinned to, in each copy of the experts. Only pins that hold
+    in every layer: others are left to the experts' own rules.
     """
-    stated, model = problem.requirements, problem.model
-    if stated.replicas_across is None or len(model.moe_layers) < model.layer_count:
+    stated = problem.requirements
+    if stated.replicas_across is None:
         return []
     wanted: dict[int, set[int]] = {}
     for pin in stated.pin_experts:
@@ -99,13 +98,13 @@ def pinned_copies(problem: Problem, shapes: Sequence[Shape]) -> list[tuple[int, 
             for expert in pin.experts:
                 wanted.setdefault(expert, set()).update(pin.ep)
     sets = {tuple(sorted(ranks)) for ranks in wanted.values() if len(ranks) > 1}
-    found: list[tuple[int, ...]] = []
+    found: list[tuple[int, tuple[int, ...]]] = []
     start = 0
-    for shape in shapes:
+    for stage, shape in enumerate(shapes):
         for group in range(shape.edp):
             first = start + group * shape.ep_group
             found += [
-                tuple(first + rank * shape.etp for rank in ranks)
+                (stage, tuple(first + rank * shape.etp for rank in ranks))
                 for ranks in sorted(sets)
                 if ranks[-1] < shape.ep
             ]

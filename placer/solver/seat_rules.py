@@ -92,7 +92,7 @@ def pinned_copies_apart(problem: Problem, shapes: Sequence[Shape], gpus: Sequenc
         return True
     level = problem.level_number(problem.requirements.replicas_across or "")
     domain = problem.cluster.levels[level].domain_of[np.concatenate(gpus)]
-    return all(len(set(domain[list(ranks)].tolist())) == len(ranks) for ranks in apart)
+    return all(len(set(domain[list(ranks)].tolist())) == len(ranks) for _, ranks in apart)
 
 
 def launcher(problem: Problem, shapes: Sequence[Shape], gpus: Sequence[Ints]) -> bool:

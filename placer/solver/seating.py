@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,9 +82,19 @@ class Seater:
                 if not better or found[0].edges == split:
                     break
                 split = found[0].edges
+        before = self._as_before()
+        if before is not None:
+            found.append(before)
         return min(
             (self._improved(seating) for seating in found), key=lambda seating: seating.value, default=None
         )
+
+    def _as_before(self) -> Seating | None:
+        """Return the seats of the placement that `max_moves` starts from, where this strategy has as many ranks."""
+        since, starts = self.problem.since, np.cumsum([0, *[shape.ranks for shape in self.shapes]])
+        if since is None or len(since) != starts[-1] or (since < 0).any():
+            return None
+        return self.price([since[first:last] for first, last in pairwise(starts.tolist())])
 
     def improved(self, gpus: list[Ints]) -> Seating | None:
         """Return these seats with the best split, improved by moves; None when memory or a requirement forbids them."""

@@ -25,9 +25,9 @@ from placer.solver import cpsat
 from placer.solver.clock import Clock
 from placer.solver.seat_groups import (
     GroupLevel,
-    have_experts,
     hosts_admitted,
     launch_runs,
+    may_have_experts,
     most_in_domain,
     pinned_copies,
     unit_levels,
@@ -45,7 +45,7 @@ Mask = NDArray[np.bool_]
 _ByCell: TypeAlias = "dict[int, list[cp_model.LinearExprT]]"
 
 #: Deterministic work and seconds of one question, and the largest model that is asked.
-WORK, SECONDS = 8.0, 20.0
+WORK, SECONDS = 4.0, 10.0
 MAX_CELLS_X_UNITS = 400_000
 
 
@@ -116,7 +116,7 @@ def in_runs(
             first.setdefault(host, stage)
             last[host] = stage
     rows: list[Ints] = []
-    for shape, experts, row in zip(shapes, have_experts(problem, counts), gpus, strict=True):
+    for shape, experts, row in zip(shapes, may_have_experts(problem, counts), gpus, strict=True):
         levels = unit_levels(problem, shape, experts=experts)
         groups = row.reshape(-1, levels[0].size if levels else 1)
         hosts = host_of[groups[:, 0]].tolist()
@@ -146,7 +146,7 @@ def signature(
     ]
     levels = [
         tuple(unit_levels(problem, shape, experts=experts))
-        for shape, experts in zip(shapes, have_experts(problem, counts), strict=True)
+        for shape, experts in zip(shapes, may_have_experts(problem, counts), strict=True)
     ]
     if not any(levels) and len(set(rooms)) == 1:
         # Stages without groups that fit the same GPUs are one heap of ranks.
@@ -204,7 +204,7 @@ class _SeatModel:
         self.exact = exact
         self.levels = [
             unit_levels(problem, shape, experts=experts)
-            for shape, experts in zip(shapes, have_experts(problem, counts), strict=True)
+            for shape, experts in zip(shapes, may_have_experts(problem, counts), strict=True)
         ]
         self.apart = pinned_copies(problem, shapes)
         self.staying = self._staying_ranks()
@@ -234,7 +234,7 @@ class _SeatModel:
         return pinned | self._apart_ranks() | set(self.staying)
 
     def _apart_ranks(self) -> set[int]:
-        return {rank for ranks in self.apart for rank in ranks}
+        return {rank for _, ranks in self.apart for rank in ranks}
 
     def _cells(self) -> None:
         """Group the allowed GPUs into cells that no requirement tells apart."""
@@ -333,6 +333,8 @@ class _SeatModel:
         model.add(self.bounds[0] == 0)
         model.add(self.bounds[-1] == layers)
         self.room: list[cp_model.IntVar] = []
+        self.moe: list[cp_model.IntVar] = []
+        moe_layers = set(self.problem.model.moe_layers)
         least = 0 if any(count is not None for count in self.counts) else 1
         for stage, count in enumerate(self.counts):
             rows = []
@@ -340,12 +342,14 @@ class _SeatModel:
                 need = self.memory.need(stage, first, last)
                 step = int(np.searchsorted(self.steps, need))
                 if step < len(self.steps):
-                    rows.append((first, last, step))
+                    rows.append((first, last, step, int(not moe_layers.isdisjoint(range(first, last)))))
             if not rows:
                 return False
             room = model.new_int_var(0, len(self.steps) - 1, "")
-            model.add_allowed_assignments([self.bounds[stage], self.bounds[stage + 1], room], rows)
+            moe = model.new_bool_var("")
+            model.add_allowed_assignments([self.bounds[stage], self.bounds[stage + 1], room, moe], rows)
             self.room.append(room)
+            self.moe.append(moe)
         return True
 
     def _ranges(self, stage: int, count: int | None, least: int) -> Iterator[tuple[int, int]]:
@@ -404,23 +408,25 @@ class _SeatModel:
         for domain, count in counts.items():
             model.add(sum(held[domain]) == count * unit.size)
         if unit.spread and self.exact:
-            self._replicas_touch(self.shapes[stage], unit)
+            self._replicas_touch(stage, unit)
         elif unit.spread:
-            self._replicas_across(self.shapes[stage], inside)
+            self._replicas_across(stage, inside)
         return inside
 
-    def _replicas_across(self, shape: Shape, inside: _ByCell) -> None:
+    def _replicas_across(self, stage: int, inside: _ByCell) -> None:
         """Ensure that a domain holds so few ranks of an EP group that no expert must have two copies there."""
+        shape = self.shapes[stage]
         level = self.problem.level_number(self.problem.requirements.replicas_across or "")
         most = most_in_domain(self.problem, shape)
         by_domain: dict[int, list[cp_model.LinearExprT]] = {}
         for cell, ranks in inside.items():
             by_domain.setdefault(self._domain(cell, level), []).extend(ranks)
         for ranks in by_domain.values():
-            self.model.add(sum(ranks) <= (most or 0) * shape.etp)
+            self.model.add(sum(ranks) <= (most or 0) * shape.etp).only_enforce_if(self.moe[stage])
 
-    def _replicas_touch(self, shape: Shape, unit: _Unit) -> None:
+    def _replicas_touch(self, stage: int, unit: _Unit) -> None:
         """Ensure the same where the ranks of an EP rank may be in several domains: it counts in each that it touches."""
+        shape = self.shapes[stage]
         level = self.problem.level_number(self.problem.requirements.replicas_across or "")
         most = most_in_domain(self.problem, shape)
         touched: dict[int, list[cp_model.IntVar]] = {}
@@ -435,7 +441,7 @@ class _SeatModel:
             for domain, literal in here.items():
                 touched.setdefault(domain, []).append(literal)
         for literals in touched.values():
-            self.model.add(sum(literals) <= (most or 0))
+            self.model.add(sum(literals) <= (most or 0)).only_enforce_if(self.moe[stage])
 
     def _seat_ranks(self, unit: _Unit, stage: int) -> _ByCell:
         """Return what stands in each cell: the unit's ranks by count, named ones by a literal of their own."""
@@ -524,14 +530,14 @@ class _SeatModel:
 
     def _pinned_copies_apart(self) -> None:
         """Ensure that no domain of `replicas_across` holds two EP ranks that one expert is pinned to."""
-        for ranks in self.apart:
+        for stage, ranks in self.apart:
             level = self.problem.level_number(self.problem.requirements.replicas_across or "")
             by_domain: dict[int, list[cp_model.IntVar]] = {}
             for rank in ranks:
                 for cell, literal in self.at[rank].items():
                     by_domain.setdefault(self._domain(cell, level), []).append(literal)
             for literals in by_domain.values():
-                self.model.add(sum(literals) <= 1)
+                self.model.add(sum(literals) <= 1).only_enforce_if(self.moe[stage])
 
     def _launcher(self) -> None:
         """Ensure what the launcher asks of hosts: one unbroken run of each server's ranks, and as many on every host."""
