@@ -7,6 +7,7 @@ The Python API, imported when first used, so that `import placer` stays quick:
     told = placer.check(problem)  # does anything fit, and if not, why, and what would
     findings = placer.check_placement(placement, problem)
     placer.save_placement(placement, "placement.json")
+    audited = placer.audit_plan("instances/plans/plan-002.yaml")
     placer.emit(placement, "torchrun", "launch")
 
 `placer.verify` is the module that re-checks placements, and its function is exported as `check_placement`: a name of
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from placer.version import __version__
 
 if TYPE_CHECKING:
+    from placer.audit.plans import audit_plan
     from placer.errors import ExportError, InputError, PlacerError, SolverError
     from placer.expert_maps.base import ExpertMap
     from placer.expert_maps.registry import read_expert_map, render_expert_map
@@ -43,6 +45,7 @@ __all__ = [
     "Problem",
     "SolverError",
     "__version__",
+    "audit_plan",
     "check",
     "check_placement",
     "emit",
@@ -71,6 +74,7 @@ _HOMES = {
     "PlacerError": "placer.errors",
     "Problem": "placer.problem",
     "SolverError": "placer.errors",
+    "audit_plan": "placer.audit.plans",
     "check": "placer.explain.explaining",
     "check_placement": "placer.verify",
     "emit": "placer.launchers.registry",

@@ -56,12 +56,15 @@ class Conflict:
     """Conditions that cannot hold together, in the order of the file.
 
     `unproven` are those of which it was not decided whether the rest can hold without them. `last` is the answer for the
-    problem that keeps these conditions alone.
+    problem that keeps these conditions alone. `told` is the one that is told: where the file states degrees that do not
+    take part, those degrees fall in it as well, and `told_for` names them.
     """
 
     members: tuple[Member, ...]
     unproven: tuple[str, ...]
     last: Existence
+    told: Existence
+    told_for: str = ""
 
     @property
     def minimal(self) -> bool:
@@ -95,7 +98,14 @@ def smallest_conflict(oracle: Oracle, known: Sequence[str] | None = None) -> Con
     last = oracle.without(_left_out(everything, kept))
     order = {member.key: number for number, member in enumerate(_as_stated(everything))}
     ordered = tuple(sorted(kept, key=lambda member: order[member.key]))
-    return Conflict(ordered, tuple(unproven), last)
+    degrees = [member for member in everything if member.kind == "strategy"]
+    if not degrees or last.strategies == 0 or any(member.kind == "strategy" for member in kept):
+        return Conflict(ordered, tuple(unproven), last, last)
+    # A reader knows the degrees of the file, not the ones that came nearest among all others.
+    told = oracle.without(_left_out(everything, [*kept, *degrees]))
+    if told.answer is not False or not told.reasons:
+        return Conflict(ordered, tuple(unproven), last, last)
+    return Conflict(ordered, tuple(unproven), last, told, oracle.problem.request.name())
 
 
 def oracle_says_no(oracle: Oracle, everything: Sequence[Member], kept: Sequence[Member]) -> bool:

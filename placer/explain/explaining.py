@@ -32,7 +32,7 @@ def check(
         oracle = Oracle(problem, clock, seed)
         first = oracle.without(())
         if first.answer is None:
-            return _told(problem, "undecided", clock, reasons=first.reasons)
+            return _told(problem, "undecided", clock, reasons=first.reasons, undecided=first.undecided)
         if first.answer:
             return _feasible(problem, first, clock)
         certificate = certificates.first(problem)
@@ -89,12 +89,14 @@ _TOLD = 4
 
 def sentence(conflict: Conflict) -> str:
     """Return one sentence on why the conditions of a conflict cannot hold together, in the problem's words and numbers."""
-    reason = conflict.last.reasons[0] if conflict.last.reasons else "nothing fits"
-    phrases = [] if conflict.last.proof == "counting" else [member.phrase for member in conflict.members]
+    reason = conflict.told.reasons[0] if conflict.told.reasons else "nothing fits"
+    counted = conflict.told.proof == "counting"
+    phrases = [] if counted else [member.phrase for member in conflict.members]
+    end = f"no placement exists{', nor one with other degrees' if conflict.told_for else ''}"
     if not phrases:
-        return f"Because {reason}, no placement exists"
+        return f"Because {reason}, {end}"
     more = len(phrases) - _TOLD
     if NO_SEATS in reason:
         reason = "no seats for the ranks keep all of that"
     others = f", with {more} more {'condition' if more == 1 else 'conditions'}" if more > 0 else ""
-    return f"Because {', '.join(phrases[:_TOLD])}{others}, and {reason}, no placement exists"
+    return f"Because {', '.join(phrases[:_TOLD])}{others}, and {reason}, {end}"

@@ -58,12 +58,12 @@ _RANK = {"workload": 0, "memory_reserve": 1, "exclude": 2, "strategy": 4, "pin_r
 
 def where(problem: Problem, path: tuple[str | int, ...]) -> str:
     """Return `file:line` of a key path, without the line where the format keeps none."""
-    document = problem.document
-    if document is None:
+    if problem.document is None:
         return problem.file
+    document = problem.document.located()
     # A number that is a key is text in some formats.
     as_text = (*path[:-1], str(path[-1]))
-    line = document.line(as_text if as_text in document.lines else path)
+    line = document.line(as_text if path not in document.lines and as_text in document.lines else path)
     return f"{problem.file}:{line}" if line is not None else problem.file
 
 
@@ -240,7 +240,7 @@ def _shown(name: str, value: Any) -> str:
     if name == "memory_reserve":
         return f"{100 * value:.4g} %"
     if name == "max_moves":
-        return f"{value.ranks} ranks"
+        return ranks_told(value.ranks)
     if name in ("pin_experts", "exclude_experts"):
         layers = f", layers {value.layers}" if value.layers is not None else ""
         return f"experts {value.experts}, ep {value.ep}{layers}"
@@ -258,7 +258,8 @@ def _within(what: str) -> Callable[[Problem, Any], str]:
 
 
 def _moves(problem: Problem, value: Any) -> str:
-    return f"`max_moves` lets {value.ranks} ranks leave the GPU that `{value.since}` gives them"
+    gives = "it" if value.ranks == 1 else "them"
+    return f"`max_moves` lets {ranks_told(value.ranks)} leave the GPU that `{value.since}` gives {gives}"
 
 
 _PHRASES: dict[str, Callable[[Problem, Any], str]] = {
@@ -313,6 +314,11 @@ _ENTRY_PHRASES: dict[str, Callable[[Problem, Any, Any], str]] = {
         f"`min_throughput.{key}` wants {format_token_rate(value)} of {key}"
     ),
 }
+
+
+def ranks_told(count: int) -> str:
+    """Return a number of ranks in words: `1 rank`, `4 ranks`."""
+    return f"{count} {'rank' if count == 1 else 'ranks'}"
 
 
 def _gpus(indices: list[int]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,15 +17,17 @@ from placer import verify
 from placer.cost.collectives import Seat
 from placer.cost.latency import CostModel, make_layout
 from placer.explain.conflict import Oracle, smallest_conflict
-from placer.explain.members import DEGREES, Member, with_parts, without
+from placer.explain.members import DEGREES, Member, ranks_told, with_parts, without
 from placer.problem import Problem
 from placer.report.explanation import Edit, WayOut
 from placer.solver.clock import Clock
 from placer.solver.existence import Existence, Known, exists
+from placer.spec.requirements import split_seat
 from placer.spec.units import format_time, format_token_rate
 
 #: Ways out that are told, conditions that one of them changes, and questions of one search for a value.
 WAYS, DEPTH, TRIES = 3, 3, 14
+OTHER_CONFLICT = "the file has another conflict, so one change does not do"
 #: Seconds of a search for what a time limit can be raised to.
 SEARCH_SECONDS = 3.0
 #: With more GPUs than this a search has not bounded its strategies in that time.
@@ -108,7 +110,7 @@ class WayFinder:
             more = self._through(gone, other, depth - 1)
             if more is not None:
                 edit = Edit(member.key, member.value, None, member.where)
-                return WayOut((edit, *more.edits), more.strategy, more.gpus, more.steps, False, more.note)
+                return replace(more, edits=(edit, *more.edits), smallest=False, note=OTHER_CONFLICT)
         return None
 
     def _smallest(self, problem: Problem, member: Member, gone: Problem, answer: Existence) -> _Found | None:
@@ -375,7 +377,7 @@ def _max_moves(finder: WayFinder, problem: Problem, member: Member, out: _Found)
 
     def change(count: int) -> _Change:
         value = stated.model_copy(update={"ranks": count})
-        return _requirement(problem, member, "max_moves", value, f"{count} ranks")
+        return _requirement(problem, member, "max_moves", value, ranks_told(count))
 
     return finder.bisect(change, stated.ranks, plan.strategy.ranks)
 
@@ -444,6 +446,16 @@ def _exclude(finder: WayFinder, problem: Problem, member: Member, out: _Found) -
     return None if best is None else _Found(best.change, best.answer, proven)
 
 
+def _pin_ranks(finder: WayFinder, problem: Problem, member: Member, out: _Found) -> _Found | None:
+    """A rank that is pinned to a GPU is pinned to its host, where that will do."""
+    rank = int(member.key.partition(".")[2])
+    host, index = split_seat(problem.requirements.pin_ranks[rank])
+    if index is None:
+        return None
+    pins = problem.requirements.pin_ranks | {rank: host}
+    return finder.first(problem, iter([_requirement(problem, member, "pin_ranks", pins, host)]))
+
+
 def _workload(finder: WayFinder, problem: Problem, member: Member, out: _Found) -> _Found | None:
     """The batch is made as small as it must be; where one sequence is too much, its length."""
     name = member.key.partition(".")[2]
@@ -491,5 +503,6 @@ PROPOSALS: dict[str, Callable[[WayFinder, Problem, Member, _Found], _Found | Non
     "replicas_across": _level,
     "exclude": _exclude,
     "pin_gpus": _exclude,
+    "pin_ranks": _pin_ranks,
     "workload": _workload,
 }

@@ -73,6 +73,7 @@ class Explanation:
     strategies: int = 0
     ways: tuple[WayOut, ...] = ()
     reasons: tuple[str, ...] = ()
+    undecided: tuple[str, ...] = ()
     strategy: str = ""
     gpus: int = 0
     steps: dict[str, float] = field(default_factory=dict)
@@ -88,8 +89,9 @@ def explanation_report(told: Explanation) -> Text:
     if told.status == "feasible":
         return _feasible(told)
     if told.status == "undecided":
-        lines = [f"? Not decided whether {told.model} has a placement on {told.cluster} under {told.file}"]
-        lines += [f"  what was found out: {reason}" for reason in told.reasons[:5]]
+        lines = [f"? Not decided whether {told.model} has a placement on {told.cluster} under `{told.file}`"]
+        lines += [f"  not decided: {what}" for what in told.undecided[:3]]
+        lines += [f"  ruled out: {reason}" for reason in told.reasons[:4]]
         lines.append("This is not a proof that none exists; give it more time with --time-limit")
         return Text("\n".join(lines))
     return _infeasible(told)

@@ -120,10 +120,17 @@ def _overfull(problem: Problem, ranks: list[int], gpus: int) -> Certificate:
     shown = ", ".join(f"{rank} ({stated.pin_ranks[rank]})" for rank in ranks[:4])
     more = f" and {len(ranks) - 4} more" if len(ranks) > 4 else ""
     what = "no free GPU is" if gpus == 0 else f"{gpus} free {'GPU is' if gpus == 1 else 'GPUs are'}"
+    sentence = f"{what} left for the pinned {'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}"
+    if len(ranks) == 1:
+        pinned = np.flatnonzero(problem.seat_mask(stated.pin_ranks[ranks[0]]))
+        if not problem.cluster.usable[pinned].any():
+            sentence = (
+                f"`pin_ranks.{ranks[0]}` names {stated.pin_ranks[ranks[0]]}, which is unhealthy or reserved"
+            )
     return Certificate(
         "pin_ranks",
         tuple(members),
-        f"{what} left by the requirements for the pinned {'rank' if len(ranks) == 1 else 'ranks'} {shown}{more}",
+        sentence,
         len(ranks),
         gpus,
     )

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from math import gcd
 
 import numpy as np
 from numpy.typing import NDArray
@@ -277,6 +278,30 @@ def woven(problem: Problem, rank_at: dict[int, int]) -> str | None:
     return None
 
 
+def max_moves(case: Case) -> Objection | None:
+    """So many ranks as must leave their GPU may leave it: those whose GPU is not free, and those that are new."""
+    problem, ranks = case.problem, case.strategy.ranks
+    stated, since = problem.requirements.max_moves, problem.since
+    if stated is None or since is None:
+        return None
+    before = since[:ranks]
+    gone = (before < 0) | ~problem.allowed[before]
+    moves = int(gone.sum()) + max(0, ranks - len(since))
+    if moves <= stated.ranks:
+        return None
+    why = f"{ranks - len(since)} of its {ranks} ranks are new"
+    if gone.any():
+        rank = int(np.flatnonzero(gone)[0])
+        gpu = int(before[rank])
+        was = f"on {problem.cluster.label(gpu)}" if gpu >= 0 else "on a GPU that the cluster has not"
+        why = f"rank {rank} was {was}, which may not be used" if gpu >= 0 else f"rank {rank} was {was}"
+    return Objection(
+        "max_moves",
+        f"moves at least {moves} {'rank' if moves == 1 else 'ranks'}, more than the {stated.ranks} of `max_moves`: {why}",
+        moves / (stated.ranks + 1),
+    )
+
+
 def max_slots(case: Case) -> Objection | None:
     """An EP rank has at most `max_slots` slots, and EP ranks that experts are pinned to exist."""
     problem = case.problem
@@ -330,11 +355,17 @@ def equal_hosts(case: Case) -> Objection | None:
     if len(runs) > 1:
         # Another server may use the pinned GPUs.
         pinned = np.zeros_like(pinned)
+    parts: list[int] = []
     for each in range(max(1, int(pinned.max(initial=0))), int(free.max(initial=0)) + 1):
         used = ranks // each
         # Hosts with a pinned GPU are used, so they hold as many as the others.
         fits = ranks % each == 0 and int((free >= each).sum()) >= used
         if fits and (free[pinned > 0] >= each).all() and hosts_admitted(problem, len(shapes), used):
+            parts.append(each)
+    if parts:
+        # What servers take of a host is a sum of such parts.
+        unit = gcd(*parts)
+        if int((free // unit * unit).sum()) >= ranks * len(runs):
             return None
     name = problem.requirements.launcher
     return Objection(
@@ -367,14 +398,15 @@ def memory(case: Case) -> Objection | None:
 def memory_clause(case: Case, stage: int, need: int, limit: int) -> str:
     """Return the clause on a stage whose ranks need more bytes than the roomiest GPUs leave."""
     ranks = case.strategy.stages[stage].ranks
-    reserve = f"`memory_reserve: {case.problem.requirements.memory_reserve:.3g}`"
+    stated = case.problem.requirements.memory_reserve
+    reserve = f" under `memory_reserve: {stated:.3g}`" if stated else ""
     where = f"stage {stage} " if len(case.strategy.stages) > 1 else ""
     gpus = (
         "a GPU, and the roomiest one leaves"
         if ranks == 1
         else f"each of {ranks} GPUs, and the roomiest {ranks} leave"
     )
-    return f"{where}needs at least {format_bytes(need)} on {gpus} {format_bytes(limit)} under {reserve}"
+    return f"{where}needs at least {format_bytes(need)} on {gpus} {format_bytes(limit)}{reserve}"
 
 
 def groups_on_free_gpus(case: Case) -> Objection | None:
@@ -408,6 +440,7 @@ RULES: tuple[Callable[[Case], Objection | None], ...] = (
     divide_evenly,
     pin_layers,
     pin_ranks,
+    max_moves,
     pinned_groups,
     pinned_runs,
     max_slots,

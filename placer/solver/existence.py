@@ -68,6 +68,7 @@ class Existence:
     strategies: int = 0
     proof: str = ""
     kinds: frozenset[str] = frozenset()
+    undecided: tuple[str, ...] = ()
 
 
 class Known:
@@ -145,6 +146,7 @@ class _Question:
         self.known = known
         self.asked = self.models = self.undecided = self.searches = 0
         self.open = self.by_solver = False
+        self.left: list[str] = []
         self.without_seats: set[tuple[object, ...]] = set()
         self.settled: dict[tuple[object, ...], Verdict] = {}
 
@@ -171,7 +173,12 @@ class _Question:
                 if found is not None:
                     return found
         if self.open:
-            return Existence(None, reasons=tuple(self.refused.told()), strategies=self.asked)
+            return Existence(
+                None,
+                reasons=tuple(self.refused.told()),
+                strategies=self.asked,
+                undecided=tuple(self.left) or ("time ran out before every strategy was looked at",),
+            )
         reasons = self.refused.told() or [nothing_to_try(self.problem)]
         proof = "two solver configurations" if self.models or self.by_solver else "counting"
         return Existence(
@@ -251,6 +258,11 @@ class _Question:
         plan = Plan(plans, experts)
         return self._checked(case, plan)
 
+    def _leave(self, case: Case, why: str) -> None:
+        """Leave the question open at a strategy, and note what was not decided."""
+        self.open = True
+        self.left.append(f"{case.strategy.name()}: {why}")
+
     def _experts_refused(self, case: Case) -> bool:
         """Whether the rules on experts that know nothing of seats already rule the strategy out; asked once for each EP."""
         problem, shape = self.problem, case.strategy.stages[0]
@@ -306,8 +318,9 @@ class _Question:
         if found.answer is False:
             self.without_seats.add(key)
             self.refused.add("seats", case.strategy, NO_SEATS)
-        self.open |= found.answer is None
-        self.undecided += found.answer is None
+        if found.answer is None:
+            self._leave(case, "whether its ranks can be seated")
+            self.undecided += 1
         return (found.edges, found.gpus) if found.answer else None
 
     def _experts(self, case: Case, plans: tuple[StagePlan, ...]) -> dict[int, Ints] | None:
@@ -358,7 +371,7 @@ class _Question:
             anyhow = settle(problem, task, rules, layers, start, self.clock, self.seed).impossible
         if anyhow is None or not (case.strategy.uniform or None not in case.counts):
             # Other seats, or another split, could do.
-            self.open = True
+            self._leave(case, "whether experts have slots that keep their rules")
             return
         self.by_solver = True
         self.refused.add("experts", case.strategy, f"finds no slots for its experts: {anyhow}")
@@ -391,7 +404,7 @@ class _Question:
 
         seconds = min(SEARCH_SECONDS, self.clock.left())
         if seconds <= 0 or self.searches >= MAX_SEARCHES:
-            self.open = True
+            self._leave(case, "its step is between the bound and the limit")
             return None
         self.searches += 1
         request = self.problem.request.model_copy(
@@ -406,7 +419,7 @@ class _Question:
             }
             return Existence(True, result.plan, totals, self.cost.objective(latencies), strategies=self.asked)
         # Between the bound and the best that was found nothing is known.
-        self.open = True
+        self._leave(case, "its step is between the bound and the limit")
         return None
 
 

@@ -27,6 +27,9 @@ def quick_seats(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int])
     Stages sit in their order; where that fails, the neediest sit first. Each takes the GPUs with the least room that
     will do, so that the roomy ones are left for the needy. Seats that break another requirement are not offered.
     """
+    before = as_before(problem, shapes, needs)
+    if before is not None and keeps_all(problem, shapes, before):
+        return before
     in_order = list(range(len(shapes)))
     neediest = sorted(in_order, key=lambda stage: -needs[stage])
     ranks = sum(shape.ranks for shape in shapes)
@@ -36,13 +39,46 @@ def quick_seats(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int])
             if gpus is None:
                 continue
             for seats in (gpus, with_pins(problem, gpus)) if problem.rank_masks else (gpus,):
-                if keeps_all(problem, shapes, seats):
+                if keeps_all(problem, shapes, seats) and _has_room(problem, needs, seats):
                     return seats
     if problem.rank_masks and launch_runs(problem, shapes):
         return next(
             (gpus for gpus in seats_in_runs(problem, shapes, needs) if keeps_all(problem, shapes, gpus)), None
         )
     return None
+
+
+def as_before(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int]) -> list[Ints] | None:
+    """Return the seats of the placement that `max_moves` names, ranks that must move on free GPUs near their TP group."""
+    if problem.since is None:
+        return None
+    ranks = sum(shape.ranks for shape in shapes)
+    need = np.repeat(np.array(needs), [shape.ranks for shape in shapes])
+    first = np.concatenate([np.arange(shape.ranks) // shape.tp * shape.tp for shape in shapes])
+    first += np.repeat(np.cumsum([0, *[shape.ranks for shape in shapes]])[:-1], [s.ranks for s in shapes])
+    every = np.full(ranks, -1, dtype=np.int64)
+    both = min(ranks, len(problem.since))
+    every[:both] = problem.since[:both]
+    fits = (every >= 0) & problem.allowed[every] & (problem.memory_limit[every] >= need)
+    every[~fits] = -1
+    free = np.setdiff1d(np.flatnonzero(problem.allowed), every)
+    for rank in np.flatnonzero(every < 0).tolist():
+        mask = problem.rank_masks.get(rank)
+        own = free[problem.memory_limit[free] >= need[rank]]
+        own = own if mask is None else own[mask[own]]
+        if len(own) == 0:
+            return None
+        mates = every[first[rank] : first[rank] + 1]
+        near = np.zeros(len(own), dtype=np.int64)
+        for level in problem.cluster.levels if mates[0] >= 0 else ():
+            near += level.domain_of[own] != level.domain_of[mates[0]]
+        every[rank] = own[int(np.argmin(near))]
+        free = free[free != every[rank]]
+    return np.split(every, np.cumsum([shape.ranks for shape in shapes])[:-1])
+
+
+def _has_room(problem: Problem, needs: Sequence[int], gpus: Sequence[Ints]) -> bool:
+    return all(bool((problem.memory_limit[row] >= need).all()) for need, row in zip(needs, gpus, strict=True))
 
 
 def with_pins(problem: Problem, gpus: list[Ints]) -> list[Ints]:

@@ -13,6 +13,7 @@ import tomllib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,6 +54,12 @@ class Document:
             if path[:length] in self.lines:
                 return self.lines[path[:length]]
         return None
+
+    def located(self) -> Document:
+        """Return the same with lines where they were not kept: JSON is YAML enough to be read again for them."""
+        if self.lines or Path(self.file).suffix.lower() != ".json":
+            return self
+        return Document(self.data, self.file, self.digest, _lines_of_json(self.file, self.digest))
 
     def error(self, path: KeyPath, message: str) -> InputError:
         """Return the error to raise for what stands at `path`."""
@@ -401,6 +408,18 @@ def _scalar(node: Any, yaml: YAML) -> Any:
         raise _Refused(
             node.start_mark.line + 1, f"found `{_printable(node.value)}` under the tag `{tag}`"
         ) from None
+
+
+@lru_cache(maxsize=4)
+def _lines_of_json(file: str, digest: str) -> dict[KeyPath, int]:
+    """Return the line of every key of a JSON file that still is what it was; nothing where YAML does not take it."""
+    try:
+        text = read_text(file)
+        if hashlib.sha256(text.encode()).hexdigest() != digest:
+            return {}
+        return _read_yaml(text, file)[1]
+    except (InputError, RecursionError):
+        return {}
 
 
 _LONG_TOML_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAX_DEPTH}}}""")
