@@ -284,12 +284,12 @@ _GRIDS = (
     _Grid(1, 1, "whole", every_edp=False),
 )
 MOST_STRATEGIES = 3500
-#: Every degree there can be, for a question whose answer may be no.
+#: Every degree there can be.
 _EVERY = _Grid(10**6, 10**6, "every")
 
 
 def enumerate_strategies(
-    model: ModelCard, request: StrategyRequest, gpus: int, slots: int, *, every: bool = False
+    model: ModelCard, request: StrategyRequest, gpus: int, slots: int
 ) -> Iterator[Strategy]:
     """Yield the strategies of like stages that the model allows on at most `gpus` GPUs, and that `request` allows.
 
@@ -306,19 +306,38 @@ def enumerate_strategies(
     Where that is more than MOST_STRATEGIES, as on some 200 GPUs or more in `auto`, the set is thinned: every pp only
     up to 8, and etp 1, tp or what fills a TP group or the stage; then every dp only up to 4; then every pp up to 4, dp
     up to 2, and only a power of two of EDP copies; on thousands of GPUs pp a power of two, and etp 1 or tp.
-
-    With `every`, all pp and dp there are come first, where they are no more than MOST_STRATEGIES.
     """
     if request.stages is not None:
         yield Strategy(tuple(stage.shape() for stage in request.stages))
         return
     found: list[Strategy] = []
-    for grid in (_EVERY, *_GRIDS) if every else _GRIDS:
+    for grid in _GRIDS:
         most = None if grid is _GRIDS[-1] else MOST_STRATEGIES + 1
         found = list(islice(_like_stages(model, request, gpus, slots, grid), most))
         if len(found) <= MOST_STRATEGIES:
             break
     yield from found
+
+
+def strategies_to_rule_out(
+    model: ModelCard, request: StrategyRequest, gpus: int, slots: int, dp_hints: Iterable[int] = ()
+) -> tuple[list[Strategy], bool]:
+    """Return the strategies that a "no" is about, and whether they were thinned: at best every pp and dp there is.
+
+    `dp_hints` are degrees of DP that are worth a try where not every one is.
+    """
+    if request.stages is None:
+        found = list(islice(_like_stages(model, request, gpus, slots, _EVERY), MOST_STRATEGIES + 1))
+        if len(found) <= MOST_STRATEGIES:
+            return found, False
+    thinned = list(enumerate_strategies(model, request, gpus, slots))
+    if request.stages is None and request.dp is None:
+        known = set(thinned)
+        for dp in sorted(set(dp_hints)):
+            hinted = request.model_copy(update={"dp": dp})
+            more = islice(_like_stages(model, hinted, gpus, slots, _GRIDS[-1]), MOST_STRATEGIES)
+            thinned += [strategy for strategy in more if strategy not in known]
+    return thinned, request.stages is None
 
 
 def _like_stages(

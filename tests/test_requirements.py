@@ -41,7 +41,7 @@ class Kind:
     """What is tried of one kind of requirement.
 
     The quickstart's placement `breaks` the one value with the finding `code`, and `keeps` the other; nothing can meet
-    `hopeless`. A value may be a function of the placement. `change` is made before the value is broken.
+    `hopeless`, which is None where some strategy meets every value. A value may be a function of the placement. `change` is made before the value is broken.
     """
 
     breaks: Any
@@ -98,7 +98,7 @@ def moved_before(problem: Problem, placement: Placement) -> tuple[Problem, Place
 KINDS: dict[str, Kind] = {
     "max_gpus": Kind(11, "max_gpus", 12, 1),
     "memory_reserve": Kind(0.7, "memory.limit", 0.1, 0.99),
-    "max_memory": Kind({"h100-80g": 20 * GIB}, "max_memory", {"h100-80g": 80 * GIB}),
+    "max_memory": Kind({"h100-80g": 20 * GIB}, "max_memory", {"h100-80g": 80 * GIB}, {"h100-80g": 3 * GIB}),
     "exclude": Kind(
         {"gpu01": [0], "gpu02": [0]},
         "gpu.excluded",
@@ -109,40 +109,46 @@ KINDS: dict[str, Kind] = {
         {"gpu02": [0, 2]},
         "pin_gpus",
         lambda placement: {placement.ranks[0].host: [placement.ranks[0].gpu]},
+        # Reserved.
+        {"gpu02": [2]},
     ),
     "pin_ranks": Kind(
         lambda placement: {1: seat(placement, 0)},
         "pin_ranks",
         lambda placement: {0: placement.ranks[0].host, 1: seat(placement, 1)},
+        {99: "gpu01"},
     ),
     "exclude_ranks": Kind(
         lambda placement: {1: [seat(placement, 0), placement.ranks[1].host]},
         "exclude_ranks",
         lambda placement: {1: [seat(placement, 0)], 999: [seat(placement, 1)]},
+        {0: ["gpu01", "gpu02"]},
     ),
-    "pin_layers": Kind({0: 1}, "pin_layers", {0: 0, 31: 0}),
-    "exclude_layers": Kind({5: [1, 0]}, "exclude_layers", {5: [1, 2]}),
+    "pin_layers": Kind({0: 1}, "pin_layers", {0: 0, 31: 0}, {0: 1}),
+    "exclude_layers": Kind({5: [1, 0]}, "exclude_layers", {5: [1, 2]}, {31: list(range(40))}),
     "pin_experts": Kind(
         [ExpertPin(experts=list(range(8)), ep=[0])],
         "pin_experts",
         lambda placement: [ExpertPin(experts=first_row(placement), ep=[0], layers="0")],
+        [ExpertPin(experts=[0], ep=[99])],
     ),
     "exclude_experts": Kind(
         lambda placement: [ExpertPin(experts=first_row(placement)[:1], ep=[1, 0], layers="0")],
         "exclude_experts",
         lambda placement: [ExpertPin(experts=first_row(placement), ep=[1, 7], layers="0")],
+        [ExpertPin(experts=[0], ep=list(range(8)))],
     ),
     "tp_within": Kind("nvlink", "tp_within", "cluster", change=lone_gpus),
     "ep_within": Kind("nvlink", "ep_within", "cluster", change=lone_gpus),
     "replicas_across": Kind("nvlink", "replicas_across", "cluster", change=full_copies),
-    "redundant_experts": Kind(2, "experts.slots", 0),
+    "redundant_experts": Kind(2, "experts.slots", 0, 105),
     "max_slots": Kind(3, "max_slots", 4),
     "max_imbalance": Kind(1.0, "max_imbalance", 2.0),
     "divide_evenly": Kind(["layers", "batch"], "divide_evenly", ["layers", "vocabulary"]),
     "max_step": Kind({"decode": 1e-3}, "max_step", {"decode": 1.0}, {"decode": 1e-3}),
-    "max_ttft": Kind(0.02, "max_ttft", 1.0),
-    "max_tpot": Kind(1e-3, "max_tpot", 0.1),
-    "min_throughput": Kind({"decode": 1e6}, "min_throughput", {"decode": 1e3, "prefill": 1e4}),
+    "max_ttft": Kind(0.02, "max_ttft", 1.0, 1e-3),
+    "max_tpot": Kind(1e-3, "max_tpot", 0.1, 1e-3),
+    "min_throughput": Kind({"decode": 1e6}, "min_throughput", {"decode": 1e3, "prefill": 1e4}, {"decode": 1e9}),
     "launcher": Kind("sglang", "launcher", "ranks"),
     "max_moves": Kind(
         MoveLimit(since="old.json", ranks=1),
@@ -226,7 +232,7 @@ def test_verify_finds_nothing_where_a_kind_is_kept(kind: str, quickstart_solved:
 @pytest.mark.parametrize("kind", [kind for kind, tried in KINDS.items() if tried.hopeless is not None])
 def test_what_cannot_be_met_is_said_to_be_infeasible(kind: str, problem: Problem) -> None:
     """A requirement that nothing can meet gives `infeasible` with a reason, and no placement."""
-    result, placement = solve(with_requirement(problem, kind, KINDS[kind].hopeless), workers=1)
+    result, placement = solve(with_requirement(problem, kind, KINDS[kind].hopeless), workers=1, time_limit=30.0)
     assert placement is None
     assert result.status == "infeasible"
     assert result.reasons

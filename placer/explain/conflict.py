@@ -41,6 +41,8 @@ class Oracle:
         """
         answer = exists(without(self.problem, keys), self.clock, seed=self.seed, known=self.known)
         stated = [frozenset(key for key in keys if not key.startswith("strategy."))]
+        # With fewer GPUs to use, degrees are tried that are left out where there are more.
+        stated.append(frozenset(key for key in keys if key.partition(".")[0] not in ("max_gpus", "exclude")))
         stated += [part - {"redundant_experts"} for part in (keys, stated[0])]
         for fewer in dict.fromkeys(stated):
             if answer.answer or fewer == keys:
@@ -85,16 +87,11 @@ def smallest_conflict(oracle: Oracle, known: Sequence[str] | None = None) -> Con
         known = [member.key for member in everything if member.kind in kinds | {"strategy"}]
     kept = _fewer(oracle, everything, known)
     kept = _without_kinds(oracle, everything, kept)
-    unproven: list[str] = []
-    for member in list(kept):
-        if len(kept) > 1 or oracle_says_no(oracle, everything, []):
-            rest = [other for other in kept if other is not member]
-            answer = oracle.without(_left_out(everything, rest))
-            if answer.answer is False:
-                kept = rest
-                unproven = [key for key in unproven if key != member.key]
-            elif answer.answer is None:
-                unproven.append(member.key)
+    kept, doubtful = _one_by_one(oracle, everything, kept, kept)
+    if doubtful:
+        # With others left out since, what was not decided may be decided now.
+        kept, doubtful = _one_by_one(oracle, everything, kept, doubtful)
+    unproven = [member.key for member in doubtful]
     last = oracle.without(_left_out(everything, kept))
     order = {member.key: number for number, member in enumerate(_as_stated(everything))}
     ordered = tuple(sorted(kept, key=lambda member: order[member.key]))
@@ -106,6 +103,21 @@ def smallest_conflict(oracle: Oracle, known: Sequence[str] | None = None) -> Con
     if told.answer is not False or not told.reasons:
         return Conflict(ordered, tuple(unproven), last, last)
     return Conflict(ordered, tuple(unproven), last, told, oracle.problem.request.name())
+
+
+def _one_by_one(
+    oracle: Oracle, everything: list[Member], kept: list[Member], asked: list[Member]
+) -> tuple[list[Member], list[Member]]:
+    """Leave out each of the conditions `asked` that the conflict does not need; also return those not decided."""
+    doubtful: list[Member] = []
+    for member in asked:
+        rest = [other for other in kept if other is not member]
+        answer = oracle.without(_left_out(everything, rest))
+        if answer.answer is False:
+            kept = rest
+        elif answer.answer is None:
+            doubtful.append(member)
+    return kept, [member for member in doubtful if member in kept]
 
 
 def oracle_says_no(oracle: Oracle, everything: Sequence[Member], kept: Sequence[Member]) -> bool:

@@ -48,6 +48,7 @@ def check(
         unproven=conflict.unproven,
         proof=conflict.last.proof,
         strategies=conflict.last.strategies,
+        thinned=conflict.last.thinned,
         ways=tuple(found),
         reasons=first.reasons,
     )

@@ -11,7 +11,7 @@ from math import lcm
 from typing import Any
 
 from placer.problem import Problem
-from placer.spec.requirements import BY_ENTRY, SINGLE, Requirements
+from placer.spec.requirements import BY_ENTRY, SINGLE, ExpertPin, Requirements
 from placer.spec.units import format_bytes, format_time, format_token_rate
 from placer.spec.workload import Scenario
 from placer.strategy import StrategyRequest
@@ -300,12 +300,8 @@ _ENTRY_PHRASES: dict[str, Callable[[Problem, Any, Any], str]] = {
     "exclude_layers": lambda problem, key, value: (
         f"`exclude_layers.{key}` keeps layer {key} off stages {', '.join(map(str, value))}"
     ),
-    "pin_experts": lambda problem, key, value: (
-        f"`pin_experts[{key}]` puts experts {_numbers(value.experts)} on EP ranks {_numbers(value.ep)}"
-    ),
-    "exclude_experts": lambda problem, key, value: (
-        f"`exclude_experts[{key}]` keeps experts {_numbers(value.experts)} off EP ranks {_numbers(value.ep)}"
-    ),
+    "pin_experts": lambda problem, key, value: f"`pin_experts[{key}]` puts {_pinned(value, 'on')}",
+    "exclude_experts": lambda problem, key, value: f"`exclude_experts[{key}]` keeps {_pinned(value, 'off')}",
     "divide_evenly": lambda problem, key, value: f"`divide_evenly` wants the {value} divided without a rest",
     "max_step": lambda problem, key, value: (
         f"`max_step.{key}` limits a step of {key} to {format_time(value)}"
@@ -323,6 +319,13 @@ def ranks_told(count: int) -> str:
 
 def _gpus(indices: list[int]) -> str:
     return f"GPU {indices[0]}" if len(indices) == 1 else f"GPUs {_numbers(indices)}"
+
+
+def _pinned(pin: ExpertPin, word: str) -> str:
+    experts = "expert" if len(pin.experts) == 1 else "experts"
+    ranks = "EP rank" if len(pin.ep) == 1 else "EP ranks"
+    layers = f" of layers {pin.layers}" if pin.layers is not None else ""
+    return f"{experts} {_numbers(pin.experts)}{layers} {word} {ranks} {_numbers(pin.ep)}"
 
 
 def _numbers(values: list[int]) -> str:

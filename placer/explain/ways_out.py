@@ -17,7 +17,7 @@ from placer import verify
 from placer.cost.collectives import Seat
 from placer.cost.latency import CostModel, make_layout
 from placer.explain.conflict import Oracle, smallest_conflict
-from placer.explain.members import DEGREES, Member, ranks_told, with_parts, without
+from placer.explain.members import DEGREES, Member, with_parts, without
 from placer.problem import Problem
 from placer.report.explanation import Edit, WayOut
 from placer.solver.clock import Clock
@@ -104,26 +104,33 @@ class WayFinder:
             return None if found is None else _way(found, note)
         if answer.answer is None or depth <= 1 or self.clock.over():
             return None
+        edit = _without_it(gone, member)
+        if edit is None:
+            return None
         # Something else is in the way as well: the condition is dropped, and the next conflict looked at.
         oracle = Oracle(gone, self.clock, self.seed, self.known)
         for other in sorted(smallest_conflict(oracle).members, key=_negotiable):
             more = self._through(gone, other, depth - 1)
             if more is not None:
-                edit = Edit(member.key, member.value, None, member.where)
                 return replace(more, edits=(edit, *more.edits), smallest=False, note=OTHER_CONFLICT)
         return None
 
     def _smallest(self, problem: Problem, member: Member, gone: Problem, answer: Existence) -> _Found | None:
         """Return the smallest change of the condition that will do; taking it out, where a file can, is the largest."""
-        out = _Found(_Change(gone, Edit(member.key, member.value, None, member.where)), answer, True)
         proposals = PROPOSALS.get(member.kind)
+        # With no smaller change proposed, that taking it out is the smallest is only known where there is none.
+        edit = _without_it(gone, member) or Edit(member.key, member.value, None, member.where)
+        out = _Found(_Change(gone, edit), answer, proposals is None)
         found = None if proposals is None else proposals(self, problem, member, out)
-        return out if found is None and member.kind not in _STAY else found
+        return out if found is None and member.kind != "workload" else found
 
     # searches that the kinds share
 
-    def first(self, problem: Problem, changes: Iterator[_Change]) -> _Found | None:
-        """Return the first change that will do, from the least one on; `smallest` when all before were proven not to."""
+    def first(self, changes: Iterator[_Change], out: _Found) -> _Found | None:
+        """Return the first change that will do, from the least one on; `smallest` when all before were proven not to.
+
+        Where all were proven not to do, `out`, as the smallest; None where that is not known.
+        """
         proven = True
         for number, change in enumerate(changes):
             if number >= TRIES or self.clock.over():
@@ -131,8 +138,8 @@ class WayFinder:
             answer = self.ask(change.problem)
             if answer.answer:
                 return _Found(change, answer, proven)
-            proven = proven and answer.answer is False
-        return None
+            proven = proven and _refuted(answer)
+        return replace(out, smallest=True) if proven else None
 
     def bisect(self, change_to: Callable[[int], _Change], no: int, yes: int) -> _Found | None:
         """Return the value next to `no` that will do, between `no` (does not) and `yes` (does): more never hurts."""
@@ -145,7 +152,7 @@ class WayFinder:
             if answer.answer:
                 yes, best = middle, _Found(change, answer, True)
             else:
-                proven = proven and answer.answer is False
+                proven = proven and _refuted(answer)
                 no = middle
         if best is None:
             change = change_to(yes)
@@ -154,6 +161,23 @@ class WayFinder:
                 return None
             best = _Found(change, answer, True)
         return _Found(best.change, best.answer, proven and abs(yes - no) <= 1)
+
+
+def _without_it(gone: Problem, member: Member) -> Edit | None:
+    """Return the edit that takes a condition out: of the file, or to the value that stands for none; None where none can."""
+    new = None
+    if member.kind == "workload":
+        return None
+    if member.kind == "memory_reserve":
+        new = "0 %"
+    elif member.kind == "redundant_experts":
+        new = str(gone.requirements.redundant_experts)
+    return Edit(member.key, member.value, new, member.where)
+
+
+def _refuted(answer: Existence) -> bool:
+    """Whether a change was shown not to do, for all degrees there are."""
+    return answer.answer is False and not answer.thinned
 
 
 def _way(found: _Found, note: str) -> WayOut:
@@ -226,10 +250,6 @@ _ORDER = (
 )
 
 
-#: Kinds that a file always states, or that have another value than none where it does not.
-_STAY = ("workload", "memory_reserve", "redundant_experts")
-
-
 def _negotiable(member: Member) -> tuple[int, str]:
     return _ORDER.index(member.kind), member.key
 
@@ -286,25 +306,25 @@ def _redundant_experts(finder: WayFinder, problem: Problem, member: Member, out:
     stated, moe = problem.requirements.redundant_experts, problem.model.moe
     if moe is None:
         return None
-    step = math.gcd(problem.request.ep or 1, moe.experts) if problem.request.ep else 1
-    values = [count for count in range(stated - 1, -1, -1) if (moe.experts + count) % max(step, 1) == 0]
+    degrees = [stage.ep for stage in problem.request.stages or []] or [problem.request.ep or 1]
+    step = math.lcm(*degrees)
+    values = [count for count in range(stated - 1, -1, -1) if (moe.experts + count) % step == 0]
 
-    def change(place: int) -> _Change:
-        return _requirement(problem, member, "redundant_experts", values[place], str(values[place]))
+    def change(count: int) -> _Change:
+        return _requirement(problem, member, "redundant_experts", count, str(count))
 
-    fewer = finder.bisect(change, -1, len(values) - 1) if values else None
-    more = stated + (-(moe.experts + stated)) % step
-    if more != stated and (fewer is None or more - stated < stated - _new_value(fewer)):
+    # Fewer copies are not always easier, since they balance worse and open degrees must divide the slots.
+    near = iter([change(count) for count in values[: TRIES - 1]])
+    fewer = finder.first(near, out) or finder.bisect(
+        lambda place: change(values[place]), TRIES, len(values) - 1
+    )
+    more = stated + -(moe.experts + stated) % step
+    if more != stated and (fewer is None or more - stated < stated - int(fewer.change.edit.new or 0)):
         # An odd number of copies is as near to the next round one as to the last.
-        change_up = _requirement(problem, member, "redundant_experts", more, str(more))
-        answer = finder.ask(change_up.problem)
+        answer = finder.ask(change(more).problem)
         if answer.answer:
-            return _Found(change_up, answer, False)
-    return fewer
-
-
-def _new_value(found: _Found) -> int:
-    return int(found.change.edit.new or 0)
+            return _Found(change(more), answer, False)
+    return None if fewer is None else replace(fewer, smallest=fewer.smallest and len(values) < TRIES)
 
 
 def _max_slots(finder: WayFinder, problem: Problem, member: Member, out: _Found) -> _Found | None:
@@ -377,7 +397,9 @@ def _max_moves(finder: WayFinder, problem: Problem, member: Member, out: _Found)
 
     def change(count: int) -> _Change:
         value = stated.model_copy(update={"ranks": count})
-        return _requirement(problem, member, "max_moves", value, ranks_told(count))
+        changed = _requirement(problem, member, "max_moves", value, str(count))
+        edit = Edit("max_moves.ranks", str(stated.ranks), str(count), member.where)
+        return replace(changed, edit=edit)
 
     return finder.bisect(change, stated.ranks, plan.strategy.ranks)
 
@@ -400,11 +422,11 @@ def _strategy(finder: WayFinder, problem: Problem, member: Member, out: _Found) 
 
     # Values between the last one tried and the one that was found are not known not to do.
     near = _nearest_degrees(problem, name, stated)
-    best = finder.first(problem, (change(value) for value in near[:TRIES]))
-    if best is not None:
+    best = finder.first((change(value) for value in near[:TRIES]), out)
+    if best is not None and best.change.edit.new is not None:
         return best
     answer = finder.ask(change(found).problem)
-    return _Found(change(found), answer, found in near[: TRIES + 1]) if answer.answer else None
+    return _Found(change(found), answer, False) if answer.answer else best
 
 
 def _nearest_degrees(problem: Problem, name: str, stated: int) -> list[int]:
@@ -426,7 +448,7 @@ def _level(finder: WayFinder, problem: Problem, member: Member, out: _Found) -> 
     names = [level.name for level in problem.cluster.levels]
     place = names.index(member.value)
     other = names[place + 1 : -1] if member.kind != "replicas_across" else names[:place][::-1]
-    return finder.first(problem, (_requirement(problem, member, member.kind, name, name) for name in other))
+    return finder.first((_requirement(problem, member, member.kind, name, name) for name in other), out)
 
 
 def _exclude(finder: WayFinder, problem: Problem, member: Member, out: _Found) -> _Found | None:
@@ -440,10 +462,12 @@ def _exclude(finder: WayFinder, problem: Problem, member: Member, out: _Found) -
             return None if best is None else _Found(best.change, best.answer, False)
         change = _entry(problem, member, sorted([*kept, index]), str(sorted([*kept, index])))
         answer = finder.ask(change.problem)
-        proven = proven and answer.answer is not None
+        proven = proven and (bool(answer.answer) or _refuted(answer))
         if answer.answer:
             kept, best = sorted([*kept, index]), _Found(change, answer, True)
-    return None if best is None else _Found(best.change, best.answer, proven)
+    # What is left in cannot grow by one, but other GPUs could do with fewer taken out.
+    out_of_it = len(getattr(problem.requirements, name)[host]) - len(kept)
+    return None if best is None else _Found(best.change, best.answer, proven and out_of_it == 1)
 
 
 def _pin_ranks(finder: WayFinder, problem: Problem, member: Member, out: _Found) -> _Found | None:
@@ -453,7 +477,8 @@ def _pin_ranks(finder: WayFinder, problem: Problem, member: Member, out: _Found)
     if index is None:
         return None
     pins = problem.requirements.pin_ranks | {rank: host}
-    return finder.first(problem, iter([_requirement(problem, member, "pin_ranks", pins, host)]))
+    changed = _requirement(problem, member, "pin_ranks", pins, host)
+    return finder.first(iter([changed]), out)
 
 
 def _workload(finder: WayFinder, problem: Problem, member: Member, out: _Found) -> _Found | None:
@@ -473,7 +498,8 @@ def _workload(finder: WayFinder, problem: Problem, member: Member, out: _Found) 
                 update = {field: value, "batch": unit, "micro_batches": 1}
             scenarios = list(problem.scenarios)
             scenarios[number] = scenario.model_copy(update=update)
-            shown = ", ".join(f"{key} {update[key]:,}" for key in ("batch", "length") if key in update)
+            told = ["batch", "length"] + ["micro_batches"] * (scenario.micro_batches > 1)
+            shown = ", ".join(f"{key} {getattr(scenarios[number], key):,}" for key in told)
             edit = Edit(member.key, member.value, shown, member.where)
             return _Change(with_parts(problem, scenarios=tuple(scenarios)), edit)
 
@@ -481,8 +507,12 @@ def _workload(finder: WayFinder, problem: Problem, member: Member, out: _Found) 
 
     single = finder.ask(change("batch")(1).problem)
     if single.answer:
-        return finder.bisect(change("batch"), -(-scenario.batch // unit), 1)
-    return finder.bisect(change("length"), scenario.length, 1)
+        found = finder.bisect(change("batch"), -(-scenario.batch // unit), 1)
+    else:
+        found = finder.bisect(change("length"), scenario.length, 1)
+    # Less work helps everywhere but where DP must divide it, or where a throughput counts it.
+    steady = not even and name not in problem.requirements.min_throughput
+    return None if found is None else replace(found, smallest=found.smallest and steady)
 
 
 PROPOSALS: dict[str, Callable[[WayFinder, Problem, Member, _Found], _Found | None]] = {

@@ -71,6 +71,7 @@ class Explanation:
     unproven: tuple[str, ...] = ()
     proof: str = ""
     strategies: int = 0
+    thinned: bool = False
     ways: tuple[WayOut, ...] = ()
     reasons: tuple[str, ...] = ()
     undecided: tuple[str, ...] = ()
@@ -111,7 +112,10 @@ def _steps(steps: dict[str, float]) -> str:
 def _infeasible(told: Explanation) -> Text:
     text = Text()
     text.append("× ", style="bold red")
-    text.append(f"No placement of {told.model} on {told.cluster} meets every requirement of `{told.file}`\n")
+    tried = " with the degrees that are tried" if told.thinned else ""
+    text.append(
+        f"No placement of {told.model} on {told.cluster}{tried} meets every requirement of `{told.file}`\n"
+    )
     text.append("╰─▶ ", style="bold red")
     text.append(f"{told.sentence}\n")
     if told.conflict:
@@ -142,7 +146,12 @@ def _scope(told: Explanation) -> str:
         return ""
     if told.strategies == 1:
         return " for the one strategy there is to try"
-    return f" for each of the {told.strategies:,} strategies that are tried (like stages; the degrees are in docs/formats.md)"
+    if told.thinned:
+        return (
+            f" for each of the {told.strategies:,} strategies that are tried: like stages, degrees thinned out as in "
+            "docs/formats.md, so others may do; fix some degrees for a proof about all"
+        )
+    return f" for each of the {told.strategies:,} strategies of like stages"
 
 
 def _outcome(way: WayOut) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +32,7 @@ from placer.solver.seating import expert_task
 from placer.solver.seats_model import find_seats, signature
 from placer.solver.stages import StageCosts
 from placer.spec.units import format_time
-from placer.strategy import Shape, Strategy, enumerate_strategies
+from placer.strategy import Shape, Strategy, strategies_to_rule_out
 
 Ints = NDArray[np.int64]
 
@@ -69,6 +68,7 @@ class Existence:
     proof: str = ""
     kinds: frozenset[str] = frozenset()
     undecided: tuple[str, ...] = ()
+    thinned: bool = False
 
 
 class Known:
@@ -78,17 +78,21 @@ class Known:
     """
 
     def __init__(self) -> None:
-        self._strategies: dict[tuple[object, ...], list[Strategy]] = {}
+        self._strategies: dict[tuple[object, ...], tuple[list[Strategy], bool]] = {}
         self._known: dict[tuple[object, ...], tuple[CostModel, StrategyBound, dict[object, list[float]]]] = {}
 
-    def strategies(self, problem: Problem) -> list[Strategy]:
-        """Return the strategies of a problem, those that people would run first; one more than are asked about at most."""
-        key = (problem.request.model_dump_json(), problem.gpu_budget, problem.slots)
+    def strategies(self, problem: Problem) -> tuple[list[Strategy], bool]:
+        """Return the strategies of a problem, those that people would run first, and whether degrees were thinned."""
+        hints: set[int] = set()
+        if "batch" in problem.requirements.divide_evenly:
+            least = min(scenario.batch for scenario in problem.scenarios)
+            hints = {dp for dp in range(1, min(least, problem.gpu_budget) + 1) if least % dp == 0}
+        key = (problem.request.model_dump_json(), problem.gpu_budget, problem.slots, frozenset(hints))
         if key not in self._strategies:
-            every = enumerate_strategies(
-                problem.model, problem.request, problem.gpu_budget, problem.slots, every=True
+            every, thinned = strategies_to_rule_out(
+                problem.model, problem.request, problem.gpu_budget, problem.slots, hints
             )
-            self._strategies[key] = sorted(islice(every, MAX_STRATEGIES + 1), key=_usual)
+            self._strategies[key] = sorted(every[: MAX_STRATEGIES + 1], key=_usual), thinned
         return self._strategies[key]
 
     def times(self, problem: Problem) -> tuple[CostModel, StrategyBound, dict[object, list[float]]]:
@@ -131,6 +135,7 @@ def exists(problem: Problem, clock: Clock, *, seed: int = 0, known: Known | None
         strategies=sum(answer.strategies for answer in answers),
         proof="counting" if proofs == {"counting"} else "two solver configurations",
         kinds=frozenset[str]().union(*(answer.kinds for answer in answers)),
+        thinned=any(answer.thinned for answer in answers),
     )
 
 
@@ -145,7 +150,7 @@ class _Question:
         self.cost, self.bounds, self.known_steps = known.times(problem)
         self.known = known
         self.asked = self.models = self.undecided = self.searches = 0
-        self.open = self.by_solver = False
+        self.open = self.by_solver = self.thinned = False
         self.left: list[str] = []
         self.without_seats: set[tuple[object, ...]] = set()
         self.settled: dict[tuple[object, ...], Verdict] = {}
@@ -187,12 +192,13 @@ class _Question:
             strategies=self.asked,
             proof=proof,
             kinds=frozenset(self.refused.kinds),
+            thinned=self.thinned,
         )
 
     def _cases(self) -> Iterator[Case]:
         """Yield the strategies that counting leaves, those that people would run first."""
         problem = self.problem
-        strategies = self.known.strategies(problem)
+        strategies, self.thinned = self.known.strategies(problem)
         self.open |= len(strategies) > MAX_STRATEGIES
         for strategy in strategies:
             if self.clock.over():
@@ -297,8 +303,10 @@ class _Question:
             return edges, gpus
         if not exact:
             return None
-        # Where all GPUs leave as much room, every split that fits asks for the same seats.
-        given = edges if len(self.room.steps) == 1 else None
+        # Where all GPUs leave as much room, every split that fits asks for the same seats; but for copies that must be
+        # apart, which only stages with experts have.
+        alike = len(self.room.steps) == 1 and self.problem.requirements.replicas_across is None
+        given = edges if alike else None
         return self._exact_seats(case, given)
 
     def _exact_seats(self, case: Case, edges: list[int] | None) -> tuple[list[int], list[Ints]] | None:

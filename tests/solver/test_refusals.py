@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from placer.solver.answer import solve
-from placer.solver.refusals import Refusals, nothing_to_try
+from placer.solver.refusals import Refusals, limit_text, nothing_to_try
 from placer.strategy import Shape, Strategy
 from tests.solver.building import cluster_data, make_problem, model_data
 
@@ -42,28 +42,26 @@ def test_the_nearest_of_a_kind_is_told_with_their_number() -> None:
         assert other == "TP1_DP2_PP1 was slow"
 
 
-def test_memory_is_told_in_words(tmp_path: Path) -> None:
-    """What is needed, what the roomiest GPUs leave, and the reserve; the stage where there are several."""
-    problem = make_problem(tmp_path, requirements={"memory_reserve": "25 %"})
-    one, two = Refusals(), Refusals()
-    one.add_memory(problem, strategy(), 0, 90 * 2**30, 60 * 2**30)
-    two.add_memory(problem, Strategy((Shape(), Shape(tp=2))), 1, 90 * 2**30, 60 * 2**30)
-    assert one.told() == [
-        "TP1_PP1 needs at least 90.0 GiB on a GPU, and the roomiest one leaves 60.0 GiB under `memory_reserve: 0.25`"
-    ]
-    assert two.told() == [
-        "PP2[TP1|TP2] stage 1 needs at least 90.0 GiB on each of 2 GPUs, and the roomiest 2 leave 60.0 GiB under "
-        "`memory_reserve: 0.25`"
-    ]
+def test_the_least_miss_speaks_whatever_its_unit() -> None:
+    """A strategy that misses 1 % of what it needs is nearer than one that misses half; the first of equals is told."""
+    for first, second in (((2, 0.5), (4, 0.01)), ((4, 0.01), (2, 0.5)), ((4, 0.5), (2, 0.5))):
+        refused = Refusals()
+        for tp, miss in (first, second):
+            refused.add("memory", strategy(tp=tp), "needs more", miss)
+        assert refused.told() == ["TP4_PP1 needs more (the nearest of 2 strategies left out like this)"]
 
 
-def test_memory_prefers_the_least_relative_miss(tmp_path: Path) -> None:
-    """A strategy that misses 1 % of what it needs is nearer than one that misses half."""
-    problem = make_problem(tmp_path)
-    refused = Refusals()
-    refused.add_memory(problem, strategy(tp=2), 0, 100, 50)
-    refused.add_memory(problem, strategy(tp=4), 0, 10_000, 9_900)
-    assert "TP4_PP1" in refused.told()[0]
+def test_limits_are_told_as_they_were_stated(tmp_path: Path) -> None:
+    """A time as a time, a throughput with the step that it leaves."""
+    problem = make_problem(
+        tmp_path, requirements={"min_throughput": {"decode": "6400 tokens/s"}, "max_tpot": "20 ms"}
+    )
+    decode = problem.scenarios[1]
+    limits = dict(problem.limits_of(decode))
+    assert limits == {"max_tpot": 0.02, "min_throughput.decode": 0.01}
+    assert limit_text(problem, decode, "max_tpot", 0.02) == "20 ms"
+    told = limit_text(problem, decode, "min_throughput.decode", 0.01)
+    assert told == "6400 tokens/s leaves, 10 ms"
 
 
 @pytest.mark.parametrize(
@@ -77,7 +75,6 @@ def test_memory_prefers_the_least_relative_miss(tmp_path: Path) -> None:
             {"strategy": "TP4", "requirements": {"max_gpus": 3}},
             "needs at least 4 GPUs, of which 3 may be used",
         ),
-        ({"strategy": "PP6"}, "pp 6 gives more stages than the 4 layers of built"),
         ({"strategy": "TP3"}, "tp 3 does not divide the 8 attention heads"),
         ({"strategy": "EP3"}, "ep 3 does not divide the 8 expert slots"),
         ({"strategy": "TP2_DP3_EP4"}, "are not a multiple of"),
@@ -98,6 +95,17 @@ def test_why_nothing_was_tried(changes: dict[str, Any], words: str, tmp_path: Pa
     assert result.candidates == 0
     assert len(result.reasons) == 1
     assert words in result.reasons[0]
+
+
+def test_more_stages_than_layers(tmp_path: Path) -> None:
+    """A pipeline too long is told the same way whether or not a strategy was made of it."""
+    problem = make_problem(tmp_path, strategy="PP6")
+    assert nothing_to_try(problem) == "pp 6 gives more stages than the 4 layers of built"
+    result, placement = solve(problem, workers=1)
+    assert placement is None
+    assert result.status == "infeasible"
+    assert all("stages than the 4 layers" in reason for reason in result.reasons)
+    assert result.reasons
 
 
 def test_stated_stages_that_need_too_many_gpus(tmp_path: Path) -> None:
