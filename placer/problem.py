@@ -31,7 +31,8 @@ class Problem:
     """Everything a placement is made from.
 
     `loads` is (scenarios, layers, experts): the share of a layer's routed tokens that each expert gets, rows of dense
-    layers zero. `digests` names the SHA-256 of every input. `document` is the problem file, where there is one. `since`
+    layers zero. `digests` names the SHA-256 of every input. `document` is the problem file, where there is one;
+    `strategy_given` whether the strategy took the place of what that file says. `since`
     is (ranks,) GPU numbers of the placement that `max_moves` names, -1 for GPUs the cluster has not. `island` is a mask
     (gpus,) that a search confines itself to, where not all GPUs reach one another.
     """
@@ -47,6 +48,7 @@ class Problem:
     digests: dict[str, str] = field(default_factory=dict)
     generated_loads: tuple[str, ...] = ()
     document: Document | None = field(default=None, repr=False, compare=False)
+    strategy_given: bool = False
     since: NDArray[np.int64] | None = field(default=None, repr=False, compare=False)
     island: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
 
@@ -135,17 +137,21 @@ class Problem:
             )
         return limits
 
-    def expert_masks(self, layer: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """Return (expert, EP rank) pairs of an MoE layer that must hold, and that must not, by the pins of experts."""
+    def expert_masks(self, layer: int, ep: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """Return (expert, EP rank) pairs of an MoE layer that must hold, and that must not, by the pins of experts.
+
+        Of `ep` EP ranks: of those that must hold on a rank beyond them one is kept, as a sign; what must not is void there.
+        """
         both: list[list[tuple[int, int]]] = []
         for pins in (self.requirements.pin_experts, self.requirements.exclude_experts):
-            pairs = {
-                (expert, rank)
-                for pin in pins
-                if pin.layer_numbers is None or layer in pin.layer_numbers
-                for expert in pin.experts
-                for rank in pin.ep
-            }
+            must = pins is self.requirements.pin_experts
+            pairs: set[tuple[int, int]] = set()
+            for pin in pins:
+                if pin.layer_numbers is not None and layer not in pin.layer_numbers:
+                    continue
+                ranks = [rank for rank in pin.ep if rank < ep]
+                ranks += [rank for rank in pin.ep if rank >= ep][: int(must)]
+                pairs.update((expert, rank) for expert in pin.experts for rank in ranks)
             both.append(sorted(pairs))
         return both[0], both[1]
 
@@ -208,6 +214,7 @@ def load_problem(path: str | Path, strategy: str | None = None) -> Problem:
         digests=digests,
         generated_loads=generated,
         document=document,
+        strategy_given=strategy is not None,
         since=_since(spec, document, cluster, digests),
     )
     _check_request(problem, document)

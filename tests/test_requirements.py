@@ -148,7 +148,9 @@ KINDS: dict[str, Kind] = {
     "max_step": Kind({"decode": 1e-3}, "max_step", {"decode": 1.0}, {"decode": 1e-3}),
     "max_ttft": Kind(0.02, "max_ttft", 1.0, 1e-3),
     "max_tpot": Kind(1e-3, "max_tpot", 0.1, 1e-3),
-    "min_throughput": Kind({"decode": 1e6}, "min_throughput", {"decode": 1e3, "prefill": 1e4}, {"decode": 1e9}),
+    "min_throughput": Kind(
+        {"decode": 1e6}, "min_throughput", {"decode": 1e3, "prefill": 1e4}, {"decode": 1e9}
+    ),
     "launcher": Kind("sglang", "launcher", "ranks"),
     "max_moves": Kind(
         MoveLimit(since="old.json", ranks=1),
@@ -232,7 +234,9 @@ def test_verify_finds_nothing_where_a_kind_is_kept(kind: str, quickstart_solved:
 @pytest.mark.parametrize("kind", [kind for kind, tried in KINDS.items() if tried.hopeless is not None])
 def test_what_cannot_be_met_is_said_to_be_infeasible(kind: str, problem: Problem) -> None:
     """A requirement that nothing can meet gives `infeasible` with a reason, and no placement."""
-    result, placement = solve(with_requirement(problem, kind, KINDS[kind].hopeless), workers=1, time_limit=30.0)
+    result, placement = solve(
+        with_requirement(problem, kind, KINDS[kind].hopeless), workers=1, time_limit=30.0
+    )
     assert placement is None
     assert result.status == "infeasible"
     assert result.reasons

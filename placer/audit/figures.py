@@ -93,6 +93,8 @@ def _units() -> dict[str, tuple[Dims, Fraction]]:
         units[f"{word} tokens".strip()] = (TOKENS, Fraction(size))
         for time in ("s", "ms", "us"):
             units[f"{word} tokens/{time}".strip()] = (TOKEN_RATE, size / seconds[time])
+            if word in ("k", "M"):
+                units[f"{word}tokens/{time}"] = (TOKEN_RATE, size / seconds[time])
     return units | {name: (FLOPS, Fraction(size)) for name, size in FLOPS_UNITS.items()}
 
 

@@ -95,6 +95,9 @@ class StatedStrategy(Stated):
 class StatedWork(Stated):
     """The batch that a document speaks of: so many sequences of so many tokens each."""
 
+    phase: Literal["prefill", "decode"] = Field(
+        "prefill", description="decode: a step makes one token of each sequence"
+    )
     batch: Whole = Field(ge=1, le=10**9)
     length: Whole = Field(ge=1, le=10**9)
 
@@ -180,10 +183,11 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        """Tokens of one batch; raises Missing where the document states none."""
+        """Tokens of one step over the batch; raises Missing where the document states none."""
         if self.spec.workload is None:
             raise Missing("the batch, which the plan does not state")
-        return self.spec.workload.batch * self.spec.workload.length
+        work = self.spec.workload
+        return work.batch if work.phase == "decode" else work.batch * work.length
 
     @property
     def gpus(self) -> int:

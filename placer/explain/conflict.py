@@ -24,11 +24,12 @@ class Oracle:
     clock: Clock
     seed: int = 0
     known: Known = field(default_factory=Known)
+    base: frozenset[str] = frozenset()
     asked: dict[frozenset[str], Existence] = field(default_factory=dict)
 
     def without(self, keys: Collection[str]) -> Existence:
-        """Return the answer for the problem without the conditions of these keys."""
-        key = frozenset(keys)
+        """Return the answer for the problem without the conditions of these keys, and of `base`."""
+        key = frozenset(keys) | self.base
         if key not in self.asked:
             self.asked[key] = self._ask(key)
         return self.asked[key]
@@ -44,7 +45,7 @@ class Oracle:
         # With fewer GPUs to use, degrees are tried that are left out where there are more.
         stated.append(frozenset(key for key in keys if key.partition(".")[0] not in ("max_gpus", "exclude")))
         stated += [part - {"redundant_experts"} for part in (keys, stated[0])]
-        for fewer in dict.fromkeys(stated):
+        for fewer in dict.fromkeys(part | self.base for part in stated):
             if answer.answer or fewer == keys:
                 continue
             other = self.without(fewer)
@@ -80,7 +81,7 @@ def smallest_conflict(oracle: Oracle, known: Sequence[str] | None = None) -> Con
     `known` are keys that a proof rests on, where there is one: the others are left out at once. An answer that was not
     decided keeps its condition, and is told.
     """
-    everything = members(oracle.problem)
+    everything = [member for member in members(oracle.problem) if member.key not in oracle.base]
     kinds = oracle.without(()).kinds
     if known is None and kinds:
         # What the strategies fell by, and what chose them, is the likely conflict.

@@ -76,6 +76,7 @@ def _told(problem: Problem, status: str, clock: Clock, **parts: object) -> Expla
         cluster=problem.cluster.name,
         file=problem.file,
         seconds=round(clock.elapsed, 3),
+        stopped_by="Ctrl-C" if clock.interrupted else "time" if clock.cut_short else "",
         **parts,  # type: ignore[arg-type]
     )
 

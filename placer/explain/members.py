@@ -58,6 +58,8 @@ _RANK = {"workload": 0, "memory_reserve": 1, "exclude": 2, "strategy": 4, "pin_r
 
 def where(problem: Problem, path: tuple[str | int, ...]) -> str:
     """Return `file:line` of a key path, without the line where the format keeps none."""
+    if problem.strategy_given and path[0] == "strategy":
+        return "--strategy"
     if problem.document is None:
         return problem.file
     document = problem.document.located()

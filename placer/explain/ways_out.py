@@ -66,7 +66,7 @@ class WayFinder:
             for member in members:
                 if len(ways) >= WAYS or self.clock.over():
                     break
-                found = self._through(self.problem, member, depth)
+                found = self._through(frozenset(), member, depth)
                 if found is not None:
                     ways.append(found)
             if ways:
@@ -81,10 +81,10 @@ class WayFinder:
         """Return the best placement that a short search finds, verified; None where it finds none."""
         from placer.solver.answer import search
 
-        seconds = min(SEARCH_SECONDS, self.clock.left())
-        if seconds <= 0 or problem.gpu_budget > SEARCHED_GPUS:
+        part = self.clock.part(SEARCH_SECONDS)
+        if part.limit <= 0 or problem.gpu_budget > SEARCHED_GPUS:
             return None
-        result = search(problem, Clock(seconds), workers=1, seed=self.seed)
+        result = search(problem, part, workers=1, seed=self.seed)
         if result.plan is None or verify.broken_decisions(problem, result.plan):
             return None
         latencies = CostModel(problem).price(result.plan)
@@ -94,9 +94,10 @@ class WayFinder:
         }
         return Existence(True, result.plan, steps, result.objective)
 
-    def _through(self, problem: Problem, member: Member, depth: int) -> WayOut | None:
-        """Return a way out that changes this condition, and others only where other conflicts are left."""
-        gone = without(problem, [member.key])
+    def _through(self, dropped: frozenset[str], member: Member, depth: int) -> WayOut | None:
+        """Return a way out that changes this condition beside those `dropped`, and others where other conflicts are left."""
+        problem = without(self.problem, dropped)
+        gone = without(self.problem, dropped | {member.key})
         answer = self.ask(gone)
         if answer.answer:
             found = self._smallest(problem, member, gone, answer)
@@ -108,9 +109,9 @@ class WayFinder:
         if edit is None:
             return None
         # Something else is in the way as well: the condition is dropped, and the next conflict looked at.
-        oracle = Oracle(gone, self.clock, self.seed, self.known)
+        oracle = Oracle(self.problem, self.clock, self.seed, self.known, base=dropped | {member.key})
         for other in sorted(smallest_conflict(oracle).members, key=_negotiable):
-            more = self._through(gone, other, depth - 1)
+            more = self._through(dropped | {member.key}, other, depth - 1)
             if more is not None:
                 return replace(more, edits=(edit, *more.edits), smallest=False, note=OTHER_CONFLICT)
         return None
@@ -475,7 +476,7 @@ def _pin_ranks(finder: WayFinder, problem: Problem, member: Member, out: _Found)
     rank = int(member.key.partition(".")[2])
     host, index = split_seat(problem.requirements.pin_ranks[rank])
     if index is None:
-        return None
+        return replace(out, smallest=True)
     pins = problem.requirements.pin_ranks | {rank: host}
     changed = _requirement(problem, member, "pin_ranks", pins, host)
     return finder.first(iter([changed]), out)

@@ -79,6 +79,7 @@ class Explanation:
     gpus: int = 0
     steps: dict[str, float] = field(default_factory=dict)
     seconds: float = 0.0
+    stopped_by: Literal["", "time", "Ctrl-C"] = ""
 
     def as_json(self) -> dict[str, Any]:
         """Return all of it as plain data."""
@@ -90,12 +91,25 @@ def explanation_report(told: Explanation) -> Text:
     if told.status == "feasible":
         return _feasible(told)
     if told.status == "undecided":
-        lines = [f"? Not decided whether {told.model} has a placement on {told.cluster} under `{told.file}`"]
+        lines = [
+            f"? Not decided whether {told.model} has a placement on {told.cluster} under `{shown(told.file)}`"
+        ]
         lines += [f"  not decided: {what}" for what in told.undecided[:3]]
         lines += [f"  ruled out: {reason}" for reason in told.reasons[:4]]
-        lines.append("This is not a proof that none exists; give it more time with --time-limit")
+        lines.append(f"This is not a proof that none exists{_advice(told)}")
         return Text("\n".join(lines))
     return _infeasible(told)
+
+
+def _advice(told: Explanation) -> str:
+    return {"time": "; give it more time with --time-limit", "Ctrl-C": "; it was stopped by Ctrl-C"}.get(
+        told.stopped_by, ""
+    )
+
+
+def shown(text: str) -> str:
+    """Return text from outside, such as a file's name, with what would steer a terminal escaped."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _feasible(told: Explanation) -> Text:
@@ -114,7 +128,7 @@ def _infeasible(told: Explanation) -> Text:
     text.append("× ", style="bold red")
     tried = " with the degrees that are tried" if told.thinned else ""
     text.append(
-        f"No placement of {told.model} on {told.cluster}{tried} meets every requirement of `{told.file}`\n"
+        f"No placement of {told.model} on {told.cluster}{tried} meets every requirement of `{shown(told.file)}`\n"
     )
     text.append("╰─▶ ", style="bold red")
     text.append(f"{told.sentence}\n")
@@ -186,9 +200,11 @@ def _grouped(conflict: Sequence[Condition]) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     for kind, own in by_kind.items():
         if len(own) > MANY:
-            rows.append((f"{kind}: {len(own)} entries, {own[0].key} to {own[-1].key}", "", own[0].where))
+            rows.append(
+                (f"{kind}: {len(own)} entries, {own[0].key} to {own[-1].key}", "", shown(own[0].where))
+            )
         else:
-            rows += [(condition.key, condition.value, condition.where) for condition in own]
+            rows += [(condition.key, condition.value, shown(condition.where)) for condition in own]
     return rows
 
 

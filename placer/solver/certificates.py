@@ -33,7 +33,7 @@ class Certificate:
 
 def first(problem: Problem) -> Certificate | None:
     """Return the first proof that applies; None where counting over all strategies proves nothing."""
-    for rule in (no_gpu, pinned_twice, pinned_ranks, pinned_runs, total_memory, copies):
+    for rule in (no_gpu, pinned_twice, pinned_ranks, pinned_runs, groups_within, total_memory, copies):
         found = rule(problem)
         if found is not None:
             return found
@@ -148,6 +148,34 @@ def pinned_runs(problem: Problem) -> Certificate | None:
     members += [f"exclude_ranks.{rank}" for rank in stated.exclude_ranks if rank in stated.pin_ranks]
     members += [f"exclude.{host}" for host in stated.exclude]
     return Certificate("pinned runs", tuple(members), f"`launcher: {stated.launcher}` {found}", 2, 1)
+
+
+def groups_within(problem: Problem) -> Certificate | None:
+    """A domain has room for one group of the degree that is stated."""
+    stated, request = problem.requirements, problem.request
+    for kind, degree, size in (
+        ("tp_within", "tp", request.tp),
+        ("ep_within", "ep", None if request.ep is None else request.ep * (request.etp or 1)),
+    ):
+        level = getattr(stated, kind)
+        if level is None or size is None or size == 1:
+            continue
+        domain_of = problem.cluster.levels[problem.level_number(level)].domain_of
+        most = int(np.bincount(domain_of[problem.allowed], minlength=1).max())
+        if size > most:
+            members = [kind, f"strategy.{degree}"]
+            members += ["strategy.etp"] if degree == "ep" and request.etp is not None else []
+            members += [f"exclude.{host}" for host in stated.exclude]
+            name = degree.upper()
+            return Certificate(
+                kind,
+                tuple(members),
+                f"`{kind}: {level}` keeps each {name} group of {size} GPUs in one `{level}` domain, and the largest has "
+                f"{most} free GPUs",
+                size,
+                most,
+            )
+    return None
 
 
 def total_memory(problem: Problem) -> Certificate | None:

@@ -17,11 +17,25 @@ from types import FrameType
 class Clock:
     """A deadline, and a flag that Ctrl-C sets."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, around: Clock | None = None) -> None:
         self.start = time.monotonic()
         self.limit = seconds
-        self.interrupted = False
         self.cut_short = False
+        self._interrupted = False
+        self._around = around
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed, on this clock or on the one it is a part of."""
+        return self._interrupted or (self._around is not None and self._around.interrupted)
+
+    @interrupted.setter
+    def interrupted(self, value: bool) -> None:
+        self._interrupted = value
+
+    def part(self, seconds: float) -> Clock:
+        """Return a clock for a part of the work: so many seconds at most, and Ctrl-C counts for both."""
+        return Clock(min(seconds, self.left()), self)
 
     @property
     def elapsed(self) -> float:

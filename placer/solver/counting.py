@@ -188,7 +188,7 @@ def pin_layers(case: Case) -> Objection | None:
     for layer, stage in pins:
         if stage >= stages:
             return Objection(
-                "pin_layers", f"has {stages} stages, and layer {layer} is pinned to stage {stage}"
+                "pin_layers", f"has {_count(stages, 'stage')}, and layer {layer} is pinned to stage {stage}"
             )
     for (first, one), (second, other) in pairwise(pins):
         if other < one:
@@ -205,7 +205,9 @@ def pin_ranks(case: Case) -> Objection | None:
     for rank, mask in problem.rank_masks.items():
         if rank >= case.strategy.ranks:
             if rank in problem.requirements.pin_ranks:
-                return Objection("pin_ranks", f"has {case.strategy.ranks} ranks, and rank {rank} is pinned")
+                return Objection(
+                    "pin_ranks", f"has {_count(case.strategy.ranks, 'rank')}, and rank {rank} is pinned"
+                )
             continue
         if not (mask & problem.allowed).any():
             return Objection("pin_ranks", f"finds no free GPU where rank {rank} may be")
@@ -316,7 +318,9 @@ def max_slots(case: Case) -> Objection | None:
         )
     for pin in problem.requirements.pin_experts:
         if max(pin.ep) >= largest:
-            return Objection("pin_experts", f"has {largest} EP ranks, and EP rank {max(pin.ep)} is pinned")
+            return Objection(
+                "pin_experts", f"has {_count(largest, 'EP rank')}, and EP rank {max(pin.ep)} is pinned"
+            )
     return None
 
 
@@ -380,6 +384,10 @@ class _Sketch:
     strategy: StrategyRecord
     ranks: list[RankRecord]
     experts: dict[int, list[list[int]]]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def memory(case: Case) -> Objection | None:

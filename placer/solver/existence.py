@@ -23,8 +23,9 @@ from placer.solver import certificates, counting, stages
 from placer.solver.bound import StrategyBound, ideal_for
 from placer.solver.clock import Clock
 from placer.solver.counting import Case, Objection
+from placer.solver.expert_refusals import ExpertRefusals, in_order
 from placer.solver.experts import placing
-from placer.solver.experts.rules import ExpertRules, Verdict, rules_of, settle
+from placer.solver.experts.rules import Verdict, rules_of
 from placer.solver.experts.task import ExpertTask
 from placer.solver.quick_seats import quick_seats
 from placer.solver.refusals import Refusals, limit_text, nothing_to_try
@@ -32,7 +33,7 @@ from placer.solver.seating import expert_task
 from placer.solver.seats_model import find_seats, signature
 from placer.solver.stages import StageCosts
 from placer.spec.units import format_time
-from placer.strategy import Shape, Strategy, strategies_to_rule_out
+from placer.strategy import Strategy, strategies_to_rule_out
 
 Ints = NDArray[np.int64]
 
@@ -132,7 +133,7 @@ def exists(problem: Problem, clock: Clock, *, seed: int = 0, known: Known | None
     return Existence(
         False,
         reasons=reasons,
-        strategies=sum(answer.strategies for answer in answers),
+        strategies=max(answer.strategies for answer in answers),
         proof="counting" if proofs == {"counting"} else "two solver configurations",
         kinds=frozenset[str]().union(*(answer.kinds for answer in answers)),
         thinned=any(answer.thinned for answer in answers),
@@ -153,7 +154,7 @@ class _Question:
         self.open = self.by_solver = self.thinned = False
         self.left: list[str] = []
         self.without_seats: set[tuple[object, ...]] = set()
-        self.settled: dict[tuple[object, ...], Verdict] = {}
+        self.rules = ExpertRefusals(problem, self.cost, clock, seed)
 
     def ask(self) -> Existence:
         """Return the answer: strategies with room to spare are tried at once, then the others as they seem to fit."""
@@ -270,24 +271,16 @@ class _Question:
         self.left.append(f"{case.strategy.name()}: {why}")
 
     def _experts_refused(self, case: Case) -> bool:
-        """Whether the rules on experts that know nothing of seats already rule the strategy out; asked once for each EP."""
-        problem, shape = self.problem, case.strategy.stages[0]
-        if not case.strategy.uniform or stages.experts_problem(problem, shape):
+        """Whether the rules on experts that know nothing of seats already rule the strategy out."""
+        verdict = self.rules.why(case.strategy)
+        if verdict is None:
             return False
-        gpus = np.flatnonzero(problem.allowed)[: shape.ranks]
-        for group, stated in enumerate(problem.model.groups):
-            layers = [layer for layer in problem.model.moe_layers if problem.model.group_of[layer] == group]
-            rules = rules_of(problem, shape, None, layers)
-            if stated.moe is None or rules.empty:
-                continue
-            task = expert_task(problem, self.cost, shape, make_layout(problem, shape, gpus), group, layers)
-            start = in_order(task.experts, task.slots, task.ep, task.layers)
-            impossible = self._settled(task, rules, shape, layers, start).impossible
-            if impossible is not None:
-                self.by_solver = True
-                self.refused.add("experts", case.strategy, f"finds no slots for its experts: {impossible}")
-                return True
-        return False
+        self._refuse_experts(case, verdict)
+        return True
+
+    def _refuse_experts(self, case: Case, verdict: Verdict) -> None:
+        self.by_solver |= not verdict.counted
+        self.refused.add("experts", case.strategy, f"finds no slots for its experts: {verdict.impossible}")
 
     def _seats(self, case: Case, *, exact: bool) -> tuple[list[int], list[Ints]] | None:
         shapes = case.strategy.stages
@@ -347,42 +340,28 @@ class _Question:
                     if self.limited or rules.max_imbalance is not None:
                         slots = placing.place_task(task, layers, self.clock, seed=self.seed, kicks=0)
                     if not rules.empty:
-                        verdict = self._settled(task, rules, plan.shape, layers, slots)
+                        verdict = self.rules.settled(task, rules, plan.shape, layers, slots)
                         if verdict.slots is None:
-                            self._no_slots(case, task, plan, layers, verdict.impossible)
+                            self._no_slots(case, task, plan, layers, verdict)
                             return None
                         slots = verdict.slots
                 result |= dict(zip(layers, slots, strict=True))
         return result
 
-    def _settled(
-        self, task: ExpertTask, rules: ExpertRules, shape: Shape, layers: list[int], slots: Ints
-    ) -> Verdict:
-        """Return what the rules come to; where they know nothing of seats, once for all strategies of one EP."""
-        key = (shape.ep, tuple(layers))
-        if rules.apart is not None or key not in self.settled:
-            verdict = settle(self.problem, task, rules, layers, slots, self.clock, self.seed)
-            if rules.apart is not None:
-                return verdict
-            self.settled[key] = verdict
-        return self.settled[key]
-
     def _no_slots(
-        self, case: Case, task: ExpertTask, plan: StagePlan, layers: list[int], why: str | None
+        self, case: Case, task: ExpertTask, plan: StagePlan, layers: list[int], verdict: Verdict
     ) -> None:
         """Note why experts found no slots: a proof only where it holds on any seats and for any split of the layers."""
         problem = self.problem
-        anyhow = why
-        if why is not None and problem.requirements.replicas_across is not None:
+        if verdict.impossible is not None and problem.requirements.replicas_across is not None:
             rules = rules_of(problem, plan.shape, None, layers)
             start = in_order(task.experts, task.slots, task.ep, task.layers)
-            anyhow = settle(problem, task, rules, layers, start, self.clock, self.seed).impossible
-        if anyhow is None or not (case.strategy.uniform or None not in case.counts):
+            verdict = self.rules.settled(task, rules, plan.shape, layers, start)
+        if verdict.impossible is None or not (case.strategy.uniform or None not in case.counts):
             # Other seats, or another split, could do.
             self._leave(case, "whether experts have slots that keep their rules")
             return
-        self.by_solver = True
-        self.refused.add("experts", case.strategy, f"finds no slots for its experts: {anyhow}")
+        self._refuse_experts(case, verdict)
 
     def _checked(self, case: Case, plan: Plan) -> Existence | None:
         """Return a plan that verify has nothing against and that keeps the time limits; else look for a quicker one."""
@@ -410,15 +389,15 @@ class _Question:
         """Look for a quicker placement of a strategy whose bound keeps the limits though its first placement does not."""
         from placer.solver.search import Search
 
-        seconds = min(SEARCH_SECONDS, self.clock.left())
-        if seconds <= 0 or self.searches >= MAX_SEARCHES:
+        part = self.clock.part(SEARCH_SECONDS)
+        if part.limit <= 0 or self.searches >= MAX_SEARCHES:
             self._leave(case, "its step is between the bound and the limit")
             return None
         self.searches += 1
         request = self.problem.request.model_copy(
             update=_stage_request(case.strategy) if self.problem.request.stages is None else {}
         )
-        result = Search(self.problem.with_request(request), Clock(seconds), workers=1, seed=self.seed).run()
+        result = Search(self.problem.with_request(request), part, workers=1, seed=self.seed).run()
         if result.plan is not None and not verify.broken_decisions(self.problem, result.plan):
             latencies = self.cost.price(result.plan)
             totals = {
@@ -456,12 +435,6 @@ def even_split(problem: Problem, case: Case) -> list[int] | None:
             return like
     costs = StageCosts(np.ones((scenarios, len(shapes), layers)), np.zeros((scenarios, len(shapes))))
     return stages.start(problem, shapes, costs, case.counts, case.memory, limits)
-
-
-def in_order(experts: int, slots: int, ep: int, layers: int) -> Ints:
-    """Return (layers, ep, slots per rank): experts in order, copies from the first on; no rank has one twice."""
-    row = (np.arange(slots, dtype=np.int64) % experts).reshape(ep, slots // ep)
-    return np.tile(row, (layers, 1, 1))
 
 
 def _by_group(problem: Problem, plan: StagePlan) -> dict[int, list[int]]:

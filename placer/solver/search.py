@@ -24,6 +24,7 @@ from placer.problem import Problem
 from placer.solver import counting, ranks, stages
 from placer.solver.bound import Ideal, StrategyBound, ideal_for
 from placer.solver.clock import Clock
+from placer.solver.expert_refusals import ExpertRefusals
 from placer.solver.experts import bound as expert_bound
 from placer.solver.experts import model as expert_model
 from placer.solver.experts import placing, swaps
@@ -74,6 +75,8 @@ class Candidate:
     ideals: list[Ideal]
     plan: Plan | None = None
     objective: float = float("inf")
+    late: Plan | None = None
+    late_objective: float = float("inf")
     seat_value: float = float("inf")
     refined: bool = False
     note: str = ""
@@ -120,6 +123,7 @@ class Search:
         self.cost = CostModel(problem)
         self.bounds = StrategyBound(problem, self.cost)
         self.room = counting.Room(problem)
+        self.rules = ExpertRefusals(problem, self.cost, clock, seed)
         self.report = report or (lambda progress: None)
         self.refused = Refusals()
         self.best: Candidate | None = None
@@ -203,6 +207,10 @@ class Search:
         objection = counting.objection(case)
         if objection is not None:
             self.refused.add(objection.kind, strategy, objection.text, objection.miss)
+            return None
+        verdict = self.rules.why(strategy)
+        if verdict is not None:
+            self.refused.add("experts", strategy, f"finds no slots for its experts: {verdict.impossible}")
             return None
         ideals = [ideal_for(problem, need) for need in case.needs]
         costs = self.bounds.costs(strategy.stages, ideals)
@@ -385,6 +393,8 @@ class Search:
             late = self._too_slow(candidate.strategy, scenario, latency.total, "was built, but takes")
             if late is not None:
                 candidate.note = late
+                if value < candidate.late_objective:
+                    candidate.late, candidate.late_objective = plan, value
                 return
         self._check_bound(candidate, candidate.bound, value)
         if value < candidate.objective:
@@ -407,6 +417,10 @@ class Search:
             (candidate for candidate in candidates if candidate.plan is not None),
             key=lambda item: (item.objective, item.strategy.name()),
         )
+        if not built:
+            # Plans that pass a limit on time may keep it once they are refined.
+            late = [candidate for candidate in candidates if candidate.late is not None]
+            built = sorted(late, key=lambda item: (item.late_objective, item.strategy.name()))
         for candidate in built[:REFINED]:
             if self.clock.over(keep=0.1 * self.clock.limit):
                 break
@@ -416,14 +430,15 @@ class Search:
             self._tell(candidates, f"refining {candidate.strategy.name()}")
 
     def _refine_one(self, candidate: Candidate) -> None:
-        assert candidate.plan is not None
-        plan = candidate.plan
+        plan = candidate.plan or candidate.late
+        assert plan is not None
+        value = candidate.objective if candidate.plan is not None else candidate.late_objective
         edges = [plan.stages[0].first, *[stage.last for stage in plan.stages]]
         seater = self._seater(candidate)
-        seating = Seating([stage.gpus for stage in plan.stages], edges, candidate.objective)
+        seating = Seating([stage.gpus for stage in plan.stages], edges, value)
         keep = 0.1 * self.clock.limit
         placed = plan.experts
-        if candidate.objective > candidate.bound * (1 + OPTIMAL_GAP):
+        if value > candidate.bound * (1 + OPTIMAL_GAP):
             better = self._rank_model(candidate, seater, seating)
             if better is not None:
                 moved = self._experts(candidate, better, rounds=30, keep=keep)

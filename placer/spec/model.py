@@ -299,6 +299,8 @@ def parse_layer_numbers(text: str) -> list[int]:
     """Return the layer numbers of `0-2`, `3,7,11` or `0-46:2`; raise ValueError."""
     numbers: list[int] = []
     try:
+        if not text.isascii():
+            raise ValueError
         for part in text.replace(" ", "").split(","):
             span, _, step = part.partition(":")
             first, dash, last = span.partition("-")

@@ -60,6 +60,10 @@ Place = Annotated[Whole, Field(ge=0, le=MOST)]
 LauncherName = Literal["ranks", "torchrun", "sglang"]
 
 
+#: Ranks and experts that one file may name: each pinned rank is a mask over all GPUs.
+MOST_ENTRIES = 5000
+
+
 class ExpertPin(Stated):
     """Experts that have, or that have not, a copy on EP ranks."""
 
@@ -117,20 +121,24 @@ class Requirements(Stated):
         default_factory=dict, description="GPU indices by host that must hold a rank"
     )
     pin_ranks: dict[Number, Seat] = Field(
-        default_factory=dict, description="host or GPU that a rank must be on"
+        default_factory=dict, max_length=MOST_ENTRIES, description="host or GPU that a rank must be on"
     )
     exclude_ranks: dict[Number, list[Seat]] = Field(
-        default_factory=dict, description="hosts and GPUs that a rank must not be on"
+        default_factory=dict, max_length=MOST_ENTRIES, description="hosts and GPUs that a rank must not be on"
     )
     pin_layers: dict[Number, Place] = Field(default_factory=dict, description="stage that must hold a layer")
     exclude_layers: dict[Number, list[Place]] = Field(
         default_factory=dict, description="stages that must not hold a layer"
     )
     pin_experts: list[ExpertPin] = Field(
-        default_factory=list, description="EP ranks on which experts must have a copy"
+        default_factory=list,
+        max_length=MOST_ENTRIES,
+        description="EP ranks on which experts must have a copy",
     )
     exclude_experts: list[ExpertPin] = Field(
-        default_factory=list, description="EP ranks on which experts must have no copy"
+        default_factory=list,
+        max_length=MOST_ENTRIES,
+        description="EP ranks on which experts must have no copy",
     )
     tp_within: Name | None = Field(None, description="level that every TP group must stay inside a domain of")
     ep_within: Name | None = Field(None, description="level that every EP group must stay inside a domain of")

@@ -110,6 +110,9 @@ def parse_fraction(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError(f"found {value!r}, expected a share such as `0.1` or `10 %`")
     percent = isinstance(value, str)
+    if isinstance(value, int) and not 0 <= value <= 1:
+        # A whole number may be too long for a float.
+        raise ValueError(f"found {str(value)[:40]}, expected a share between 0 and 1")
     result = parse_quantity(value, {"%": 0.01}, "a share", "10 %") if percent else float(value)
     if not 0 <= result <= 1:
         raise ValueError(f"found {value!r}, expected a share between 0 and 1")

@@ -246,8 +246,6 @@ def _apply(data: Data, key: str, new: str | None) -> None:
             inner[name] = _value(kind, new)
     elif new is None:
         del stated[kind]
-    elif kind == "max_moves":
-        stated[kind]["ranks"] = int(new.removesuffix(" ranks"))
     else:
         stated[kind] = _value(kind, new)
 
@@ -260,6 +258,8 @@ def _work(scenario: Data, new: str) -> None:
 
 
 def _value(kind: str, new: str) -> Any:
+    if kind == "max_moves":
+        return int(new)
     if kind in ("max_gpus", "redundant_experts", "max_slots"):
         return int(new)
     if kind == "max_imbalance":
@@ -302,7 +302,7 @@ def _nearer(data: Data, kind: str, rest: str, new: str | None) -> Iterator[str]:
     elif kind == "max_imbalance":
         yield f"{float(new) - 0.01:.2f}"
     elif kind == "max_moves":
-        yield f"{int(new.removesuffix(' ranks')) - 1} ranks"
+        yield str(int(new) - 1)
     elif kind == "strategy":
         was, now = data["strategy"][rest], int(new)
         ratio = max(was / now, now / was)

@@ -142,7 +142,7 @@ def servers(placement: Placement) -> list[list[str]]:
 
 def in_runs(problem: Problem, value: str, placement: Placement) -> bool:
     """Whether each host holds one unbroken run, of all ranks, or of each server's and all as long."""
-    alike = len(set(placement.strategy.stages[n].tp for n in range(len(placement.strategy.stages)))) == 1
+    alike = len({(stage.tp, stage.dp, stage.ep, stage.etp) for stage in placement.strategy.stages}) == 1
     for hosts in {"ranks": [], "torchrun": [hosts_of(placement)], "sglang": servers(placement)}[value]:
         runs = [(host, len(list(run))) for host, run in groupby(hosts)]
         if len(runs) > len({host for host, _ in runs}):
@@ -535,7 +535,7 @@ FREE = dict[str, tuple[Problem, Result, Placement]]
 def test_one_requirement_is_kept(kind: str, free: FREE) -> None:
     """Each kind alone, on each of the problems in which a plan that was drawn keeps it."""
     tried = 0
-    for number, (name, (problem, unbound, _)) in enumerate(free.items()):
+    for number, (problem, unbound, _) in enumerate(free.values()):
         for seed in range(5):
             seen = witness(problem, 100 * number + seed)
             asked, stated = stricter(seen, (kind,))
@@ -632,8 +632,7 @@ def test_the_same_seed_gives_the_same_placement(name: str, tmp_path: Path) -> No
 def islands(folder: Path, hosts: list[dict[str, Any]], **changes: Any) -> Problem:
     """Return a problem on hosts that cannot reach one another."""
     stated: list[dict[str, Any]] = [
-        {"hosts": f"n{number}", "gpu_type": "h100-80g", "gpus": 2} | host
-        for number, host in enumerate(hosts)
+        {"hosts": f"n{number}", "gpu_type": "h100-80g", "gpus": 2} | host for number, host in enumerate(hosts)
     ]
     for host in stated:
         host["no_network"] = list(range(host["gpus"]))

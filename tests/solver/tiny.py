@@ -535,7 +535,7 @@ def _slots_exist(case: Tiny, edges: list[int], together: tuple[frozenset[tuple[i
                 continue
             if shape_problem(problem.model, shape, problem.slots, [layer]) is not None:
                 return False
-            must, never = problem.expert_masks(layer)
+            must, never = problem.expert_masks(layer, shape.ep)
             loads = tuple(tuple(row) for row in problem.loads[:, layer].tolist())
             if asked.max_slots is not None and problem.slots // shape.ep > asked.max_slots:
                 return False

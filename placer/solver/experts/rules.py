@@ -53,12 +53,13 @@ class Verdict:
     """What the rules come to: slots that keep them, or a proof that there are none, or neither where it is not decided.
 
     `slots` is (layers, ep, slots per rank). `impossible` is the proof, in one clause; `layer` the number of the layer
-    that it is about, or of the first one that is not decided.
+    that it is about, or of the first one that is not decided; `counted` whether the proof is a count.
     """
 
     slots: Ints | None
     impossible: str | None
     layer: int | None
+    counted: bool = False
 
 
 def rules_of(problem: Problem, shape: Shape, gpus: Ints | None, layers: Sequence[int]) -> ExpertRules:
@@ -67,14 +68,23 @@ def rules_of(problem: Problem, shape: Shape, gpus: Ints | None, layers: Sequence
     With `gpus` None the rules that hold wherever the ranks sit. Pairs of `exclude_experts` on EP ranks that the stage
     has not are void.
     """
-    pairs = [problem.expert_masks(layer) for layer in layers]
+    # Layers that the same pins name share their pairs.
+    known: dict[tuple[bool, ...], tuple[Pairs, Pairs]] = {}
+    pairs: list[tuple[Pairs, Pairs]] = []
+    pins = (*problem.requirements.pin_experts, *problem.requirements.exclude_experts)
+    for layer in layers:
+        named = tuple(pin.layer_numbers is None or layer in pin.layer_numbers for pin in pins)
+        if named not in known:
+            must, never = problem.expert_masks(layer, shape.ep)
+            known[named] = tuple(must), tuple(never)
+        pairs.append(known[named])
     apart = None
     level = problem.requirements.replicas_across
     if level is not None and gpus is not None and problem.requirements.redundant_experts:
         apart = shared_domains(problem.cluster.levels[problem.level_number(level)].domain_of[gpus], shape)
     return ExpertRules(
-        must=tuple(tuple(must) for must, _ in pairs),
-        never=tuple(tuple(pair for pair in never if pair[1] < shape.ep) for _, never in pairs),
+        must=tuple(must for must, _ in pairs),
+        never=tuple(never for _, never in pairs),
         apart=apart if apart is not None and apart.any() else None,
         max_imbalance=problem.requirements.max_imbalance,
     )
@@ -185,7 +195,7 @@ class _Settling:
         for number in broken:
             clause = rules_proof.counted(self.rules[number], self.task.loads[:, number], self.names)
             if clause is not None:
-                return self._impossible(number, clause)
+                return replace(self._impossible(number, clause), counted=True)
         undecided: list[int] = []
         for number in broken:
             if self._repair(number):

@@ -66,7 +66,7 @@ def _nowhere(rules: LayerRules) -> str | None:
     """Experts that may only be on a few ranks, against the slots these ranks have left for them."""
     alone = np.flatnonzero(rules.never.all(axis=0))
     if len(alone):
-        return f"`exclude_experts` keeps expert {alone[0]} from all {rules.ep} EP ranks"
+        return f"`exclude_experts` keeps expert {alone[0]} from every EP rank"
     allowed = ~rules.never
     for ranks in np.unique(allowed.T, axis=0):
         if ranks.all():
