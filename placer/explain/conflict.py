@@ -82,7 +82,7 @@ def smallest_conflict(oracle: Oracle, known: Sequence[str] | None = None) -> Con
     decided keeps its condition, and is told.
     """
     everything = [member for member in members(oracle.problem) if member.key not in oracle.base]
-    kinds = oracle.without(()).kinds
+    kinds = {kind for kind, _ in oracle.without(()).by_kind}
     if known is None and kinds:
         # What the strategies fell by, and what chose them, is the likely conflict.
         known = [member.key for member in everything if member.kind in kinds | {"strategy"}]

@@ -85,13 +85,27 @@ def _condition(member: Member) -> Condition:
     return Condition(member.key, member.value, member.where, member.phrase)
 
 
+#: Obstacles that conditions of these kinds make.
+_MAKES = {
+    "gpus": ("max_gpus", "exclude"),
+    "memory": ("workload", "memory_reserve", "max_memory", "redundant_experts", "max_gpus", "exclude"),
+    "split": (
+        "workload",
+        "memory_reserve",
+        "max_memory",
+        "redundant_experts",
+        "pin_layers",
+        "exclude_layers",
+    ),
+    "experts": ("pin_experts", "exclude_experts", "max_imbalance", "redundant_experts", "replicas_across"),
+}
 #: Conditions of a conflict that the sentence tells one by one.
 _TOLD = 4
 
 
 def sentence(conflict: Conflict) -> str:
     """Return one sentence on why the conditions of a conflict cannot hold together, in the problem's words and numbers."""
-    reason = conflict.told.reasons[0] if conflict.told.reasons else "nothing fits"
+    reason = _reason(conflict)
     counted = conflict.told.proof == "counting"
     phrases = [] if counted else [member.phrase for member in conflict.members]
     end = f"no placement exists{', nor one with other degrees' if conflict.told_for else ''}"
@@ -102,3 +116,12 @@ def sentence(conflict: Conflict) -> str:
         reason = "no seats for the ranks keep all of that"
     others = f", with {more} more {'condition' if more == 1 else 'conditions'}" if more > 0 else ""
     return f"Because {', '.join(phrases[:_TOLD])}{others}, and {reason}, {end}"
+
+
+def _reason(conflict: Conflict) -> str:
+    """Return the obstacle that the conditions of the conflict make: strategies fall by others as well."""
+    kinds = {member.kind for member in conflict.members}
+    rows = conflict.told.by_kind
+    named = [text for kind, text in rows if kind in kinds]
+    made = [text for kind, text in rows if not kinds.isdisjoint(_MAKES.get(kind, ()))]
+    return next(iter([*named, *made, *conflict.told.reasons]), "nothing fits")

@@ -315,10 +315,9 @@ def _redundant_experts(finder: WayFinder, problem: Problem, member: Member, out:
         return _requirement(problem, member, "redundant_experts", count, str(count))
 
     # Fewer copies are not always easier, since they balance worse and open degrees must divide the slots.
-    near = iter([change(count) for count in values[: TRIES - 1]])
-    fewer = finder.first(near, out) or finder.bisect(
-        lambda place: change(values[place]), TRIES, len(values) - 1
-    )
+    fewer = finder.first((change(count) for count in values[:TRIES]), out)
+    if fewer is None and len(values) > TRIES + 1:
+        fewer = finder.bisect(lambda place: change(values[place]), TRIES - 1, len(values) - 1)
     more = stated + -(moe.experts + stated) % step
     if more != stated and (fewer is None or more - stated < stated - int(fewer.change.edit.new or 0)):
         # An odd number of copies is as near to the next round one as to the last.
@@ -409,7 +408,7 @@ def _strategy(finder: WayFinder, problem: Problem, member: Member, out: _Found) 
     """A degree is changed to the nearest one that will do."""
     name = member.key.partition(".")[2]
     if name not in DEGREES:
-        return None
+        return replace(out, smallest=True)
     stated, plan = getattr(problem.request, name), out.answer.plan
     if plan is None:
         return None
@@ -426,6 +425,8 @@ def _strategy(finder: WayFinder, problem: Problem, member: Member, out: _Found) 
     best = finder.first((change(value) for value in near[:TRIES]), out)
     if best is not None and best.change.edit.new is not None:
         return best
+    if best is not None:
+        best = replace(best, smallest=len(near) <= TRIES)
     answer = finder.ask(change(found).problem)
     return _Found(change(found), answer, False) if answer.answer else best
 

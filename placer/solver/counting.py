@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from placer.placement import RankRecord, StageRecord, StrategyRecord
 from placer.problem import Problem
 from placer.solver.seat_groups import group_levels, hosts_admitted, launch_runs, wants_equal_hosts
-from placer.solver.stages import FORBIDDEN, MemoryTable, StageMemory
+from placer.solver.stages import FORBIDDEN, MemoryTable, StageMemory, least_layers
 from placer.spec.units import format_bytes
 from placer.strategy import Strategy
 
@@ -100,11 +100,11 @@ class Case:
         starts = np.cumsum([0, *[count or 0 for count in self.counts]]).tolist()
         if None not in self.counts:
             return [self.memory.need(n, starts[n], starts[n + 1]) for n in range(len(self.counts))]
-        least = 0 if any(count is not None for count in self.counts) else 1
+        least = least_layers(self.problem, self.counts)
         needs: list[int] = []
         stages = len(self.counts)
         for n, count in enumerate(self.counts):
-            if 1 < n < stages - 1 and self.strategy.uniform and count is None:
+            if 1 < n < stages - 1 and self.strategy.uniform and count is None and self.counts[1] is None:
                 # Stages in the middle are alike.
                 needs.append(needs[1])
                 continue

@@ -97,9 +97,11 @@ def decide(model: cp_model.CpModel, clock: Clock, *, seconds: float, work: float
 
     One worker each: false proofs have been seen with many (google/or-tools 5295) and out of presolve (5274, 5293).
     """
-    refuted = 0
+    refuted, answer = 0, None
     # With the linear relaxation what counts is refuted at once; without it, seconds have been seen for 50 variables.
     for presolve, linearization in ((True, 2), (False, 2), (True, None)):
+        if answer is not None and clock.over():
+            break
         answer = solve(
             model,
             clock,
@@ -112,6 +114,7 @@ def decide(model: cp_model.CpModel, clock: Clock, *, seconds: float, work: float
         refuted += answer.infeasible
         if answer.found or refuted == 2:
             return answer
+    assert answer is not None
     return Answer("UNKNOWN", None, answer.bound, answer.solver)
 
 

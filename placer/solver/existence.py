@@ -67,7 +67,7 @@ class Existence:
     reasons: tuple[str, ...] = ()
     strategies: int = 0
     proof: str = ""
-    kinds: frozenset[str] = frozenset()
+    by_kind: tuple[tuple[str, str], ...] = ()
     undecided: tuple[str, ...] = ()
     thinned: bool = False
 
@@ -135,7 +135,7 @@ def exists(problem: Problem, clock: Clock, *, seed: int = 0, known: Known | None
         reasons=reasons,
         strategies=max(answer.strategies for answer in answers),
         proof="counting" if proofs == {"counting"} else "two solver configurations",
-        kinds=frozenset[str]().union(*(answer.kinds for answer in answers)),
+        by_kind=tuple(dict.fromkeys(row for answer in answers for row in answer.by_kind)),
         thinned=any(answer.thinned for answer in answers),
     )
 
@@ -192,7 +192,7 @@ class _Question:
             reasons=tuple(reasons),
             strategies=self.asked,
             proof=proof,
-            kinds=frozenset(self.refused.kinds),
+            by_kind=tuple(self.refused.by_kind()),
             thinned=self.thinned,
         )
 

@@ -19,7 +19,7 @@ from placer.placement import Plan, StagePlan
 from placer.problem import Problem
 from placer.solver import cpsat
 from placer.solver.clock import Clock
-from placer.solver.stages import StageMemory
+from placer.solver.stages import StageMemory, least_layers
 from placer.strategy import Strategy, enumerate_strategies, shape_problem
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ class _Joint:
         model.add(self.edges[-1] == self.layers)
         request = self.problem.request.stages
         counts = [stage.layers for stage in request] if request else [None] * stages
-        least = 0 if any(count is not None for count in counts) else 1
+        least = least_layers(self.problem, counts)
         self.ranges: list[dict[tuple[int, int], cp_model.IntVar]] = []
         for stage in range(stages):
             literals = {}

@@ -34,11 +34,18 @@ class Refusals:
 
     def told(self) -> list[str]:
         """Return one sentence a kind, the kind with most strategies first."""
-        ordered = sorted(self.kinds.values(), key=lambda kind: -kind.count)
+        return [text for _, text in self.by_kind()]
+
+    def by_kind(self) -> list[tuple[str, str]]:
+        """Return the kinds with the sentence of each, the kind with most strategies first."""
+        ordered = sorted(self.kinds.items(), key=lambda item: -item[1].count)
         return [
-            kind.text
-            + (f" (the nearest of {kind.count} strategies left out like this)" if kind.count > 1 else "")
-            for kind in ordered
+            (
+                name,
+                kind.text
+                + (f" (the nearest of {kind.count} strategies left out like this)" if kind.count > 1 else ""),
+            )
+            for name, kind in ordered
         ]
 
 

@@ -305,7 +305,8 @@ class Search:
         stages hold what memory keeps the quick ones from holding.
         """
         shapes, layers = candidate.strategy.stages, self.problem.model.layer_count
-        if len(shapes) == 1 or not candidate.strategy.uniform or None not in candidate.counts:
+        listed = self.problem.request.stages is not None
+        if len(shapes) == 1 or listed or not candidate.strategy.uniform or None not in candidate.counts:
             return 0.0
         steps = [
             self.bounds.stage(shapes[0], candidate.ideals[0], among=n + 1)[0] for n in range(len(shapes))

@@ -12,6 +12,7 @@ then asked of a second model in which every rank is named.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -34,7 +35,7 @@ from placer.solver.seat_groups import (
     wants_equal_hosts,
 )
 from placer.solver.seat_rules import keeps_all
-from placer.solver.stages import StageMemory
+from placer.solver.stages import StageMemory, least_layers
 from placer.strategy import Shape
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ _ByCell: TypeAlias = "dict[int, list[cp_model.LinearExprT]]"
 
 #: Deterministic work and seconds of one question, and the largest model that is asked.
 WORK, SECONDS = 4.0, 10.0
-MAX_CELLS_X_UNITS = 400_000
+MAX_CELLS_X_UNITS = 60_000
 
 
 @dataclass(frozen=True)
@@ -134,28 +135,61 @@ def signature(
     edges: list[int] | None,
 ) -> tuple[object, ...]:
     """Return what the question of seats depends on, beside the problem: strategies that share it share the answer."""
-    if edges is None:
-        return tuple(shapes), tuple(counts)
     runs = [run.tobytes() for run in launch_runs(problem, shapes)]
-    apart = tuple(pinned_copies(problem, shapes))
-    asked = (*runs, apart, len(shapes) if runs else 0)
-    steps = np.unique(problem.memory_limit[problem.allowed])
-    rooms = [
-        int(np.searchsorted(steps, memory.need(stage, edges[stage], edges[stage + 1])))
-        for stage in range(len(shapes))
-    ]
+    asked = (*runs, tuple(pinned_copies(problem, shapes)), len(shapes) if runs else 0)
+    steps = np.unique(problem.memory_limit[problem.allowed]).tolist()
+    rows = [tuple(layer_rows(problem, counts, memory, edges, steps, n)) for n in range(len(shapes))]
     levels = [
         tuple(unit_levels(problem, shape, experts=experts))
         for shape, experts in zip(shapes, may_have_experts(problem, counts), strict=True)
     ]
-    if not any(levels) and len(set(rooms)) == 1:
+    rooms = {room for own in rows for _, _, room, _ in own}
+    if edges is not None and not any(levels) and len(rooms) == 1:
         # Stages without groups that fit the same GPUs are one heap of ranks.
-        return sum(shape.ranks for shape in shapes), rooms[0], asked
+        return sum(shape.ranks for shape in shapes), *rooms, asked
     stages = [
-        (shape.ranks, groups, shape.etp, most_in_domain(problem, shape), room)
-        for shape, groups, room in zip(shapes, levels, rooms, strict=True)
+        (shape.ranks, groups, shape.etp, most_in_domain(problem, shape), own)
+        for shape, groups, own in zip(shapes, levels, rows, strict=True)
     ]
     return (asked, *stages)
+
+
+def layer_rows(
+    problem: Problem,
+    counts: list[int | None],
+    memory: StageMemory,
+    edges: list[int] | None,
+    steps: list[int],
+    stage: int,
+) -> list[tuple[int, int, int, int]]:
+    """Return what a stage may hold: first layer, one past the last, least room (place in `steps`), whether any is MoE.
+
+    Ranges that fit no GPU are left out, and so are those that a pin of layers keeps from the stage.
+    """
+    moe_layers = set(problem.model.moe_layers)
+    rows: list[tuple[int, int, int, int]] = []
+    for first, last in _ranges(problem, counts, edges, stage):
+        step = bisect_left(steps, memory.need(stage, first, last))
+        if step < len(steps):
+            rows.append((first, last, step, int(not moe_layers.isdisjoint(range(first, last)))))
+    return rows
+
+
+def _ranges(
+    problem: Problem, counts: list[int | None], edges: list[int] | None, stage: int
+) -> Iterator[tuple[int, int]]:
+    count = counts[stage]
+    if edges is not None:
+        yield edges[stage], edges[stage + 1]
+        return
+    if None not in counts:
+        start = sum(own or 0 for own in counts[:stage])
+        yield start, start + (count or 0)
+        return
+    layers, least = problem.model.layer_count, least_layers(problem, counts)
+    for first in range(layers + 1):
+        lasts = range(first + least, layers + 1) if count is None else [first + count]
+        yield from ((first, last) for last in lasts if last <= layers)
 
 
 @dataclass(frozen=True)
@@ -334,15 +368,8 @@ class _SeatModel:
         model.add(self.bounds[-1] == layers)
         self.room: list[cp_model.IntVar] = []
         self.moe: list[cp_model.IntVar] = []
-        moe_layers = set(self.problem.model.moe_layers)
-        least = 0 if any(count is not None for count in self.counts) else 1
-        for stage, count in enumerate(self.counts):
-            rows = []
-            for first, last in self._ranges(stage, count, least):
-                need = self.memory.need(stage, first, last)
-                step = int(np.searchsorted(self.steps, need))
-                if step < len(self.steps):
-                    rows.append((first, last, step, int(not moe_layers.isdisjoint(range(first, last)))))
+        for stage in range(len(self.shapes)):
+            rows = layer_rows(self.problem, self.counts, self.memory, self.edges, self.steps, stage)
             if not rows:
                 return False
             room = model.new_int_var(0, len(self.steps) - 1, "")
@@ -351,19 +378,6 @@ class _SeatModel:
             self.room.append(room)
             self.moe.append(moe)
         return True
-
-    def _ranges(self, stage: int, count: int | None, least: int) -> Iterator[tuple[int, int]]:
-        layers = self.problem.model.layer_count
-        if self.edges is not None:
-            yield self.edges[stage], self.edges[stage + 1]
-            return
-        if None not in self.counts:
-            first = sum(own or 0 for own in self.counts[:stage])
-            yield first, first + (count or 0)
-            return
-        for first in range(layers + 1):
-            lasts = range(first + least, layers + 1) if count is None else [first + count]
-            yield from ((first, last) for last in lasts if last <= layers)
 
     def _count_groups(self, unit: _Unit) -> dict[int, cp_model.IntVar]:
         """Return how many groups of the unit are in each domain of its level; all of them are somewhere."""

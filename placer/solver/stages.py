@@ -6,7 +6,7 @@ several scenarios and for stages of different shapes. Bound: the model's own, or
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -148,6 +148,12 @@ def shared_limits(problem: Problem, shapes: tuple[Shape, ...]) -> Iterator[list[
         yield result
 
 
+def least_layers(problem: Problem, counts: Sequence[int | None]) -> int:
+    """Return the fewest layers of a stage that does not state them: none where stages are listed or counts stated, else one."""
+    listed = problem.request.stages is not None or any(count is not None for count in counts)
+    return 0 if listed else 1
+
+
 def start(
     problem: Problem,
     shapes: tuple[Shape, ...],
@@ -171,7 +177,7 @@ def start(
     best = np.full((stages + 1, layers + 1), np.inf)
     back = np.zeros((stages + 1, layers + 1), dtype=np.int64)
     best[0, 0] = 0.0
-    least = 0 if any(count is not None for count in counts) else 1
+    least = least_layers(problem, counts)
     for stage in range(stages):
         for first in np.flatnonzero(np.isfinite(best[stage])).tolist():
             stated = counts[stage]
@@ -269,7 +275,7 @@ def split_model(
             for last in range(first, layers + 1)
             if (counts[stage] is None or last - first == counts[stage])
             and memory.need(stage, first, last) <= limits[stage]
-            and (last > first or counts[stage] == 0 or any(count is not None for count in counts))
+            and last - first >= (0 if counts[stage] == 0 else least_layers(problem, counts))
         ]
         model.add_allowed_assignments([bounds[stage], bounds[stage + 1]], allowed)
     terms = []

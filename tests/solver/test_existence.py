@@ -263,7 +263,7 @@ def test_a_step_that_the_best_plan_just_keeps(kind: str, tmp_path: Path) -> None
     assert ask(limited(result.objective * (1 + 1e-9))).answer is True
     found = ask(limited(result.objective * 0.99))
     assert found.answer is False
-    assert kind in found.kinds
+    assert kind in dict(found.by_kind)
     assert f"`{kind}`" in found.reasons[0]
 
 
