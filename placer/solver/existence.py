@@ -2,8 +2,8 @@
 
 For explanations, where many problems that differ in one requirement are asked one after the other, and the first
 placement is as good as the best. A strategy falls by counting, by a time that no placement of it can keep, by the exact
-model of seats, or by the experts; the problem falls when every strategy of the request does. Nothing here depends on the
-clock but "not decided".
+model of seats, or by the experts; the problem falls when every strategy of the request does. A no never depends on the
+clock. What does is "not decided", and a yes under a limit on time where it takes a search.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from placer.solver.experts.rules import Verdict, rules_of
 from placer.solver.experts.task import ExpertTask
 from placer.solver.quick_seats import quick_seats
 from placer.solver.refusals import Refusals, limit_text, nothing_to_try
+from placer.solver.seat_question import signature
 from placer.solver.seating import expert_task
-from placer.solver.seats_model import find_seats, signature
+from placer.solver.seats_model import find_seats
 from placer.solver.stages import StageCosts
 from placer.spec.units import format_time
 from placer.strategy import Strategy, strategies_to_rule_out

@@ -12,8 +12,6 @@ then asked of a second model in which every rank is named.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, TypeAlias
@@ -34,8 +32,9 @@ from placer.solver.seat_groups import (
     unit_levels,
     wants_equal_hosts,
 )
+from placer.solver.seat_question import layer_rows
 from placer.solver.seat_rules import keeps_all
-from placer.solver.stages import StageMemory, least_layers
+from placer.solver.stages import StageMemory
 from placer.strategy import Shape
 
 if TYPE_CHECKING:
@@ -125,71 +124,6 @@ def in_runs(
         parts = [groups[n] for _, _, _, n in order]
         rows.append(np.concatenate([part[np.argsort(host_of[part], kind="stable")] for part in parts]))
     return rows
-
-
-def signature(
-    problem: Problem,
-    shapes: tuple[Shape, ...],
-    counts: list[int | None],
-    memory: StageMemory,
-    edges: list[int] | None,
-) -> tuple[object, ...]:
-    """Return what the question of seats depends on, beside the problem: strategies that share it share the answer."""
-    runs = [run.tobytes() for run in launch_runs(problem, shapes)]
-    asked = (*runs, tuple(pinned_copies(problem, shapes)), len(shapes) if runs else 0)
-    steps = np.unique(problem.memory_limit[problem.allowed]).tolist()
-    rows = [tuple(layer_rows(problem, counts, memory, edges, steps, n)) for n in range(len(shapes))]
-    levels = [
-        tuple(unit_levels(problem, shape, experts=experts))
-        for shape, experts in zip(shapes, may_have_experts(problem, counts), strict=True)
-    ]
-    rooms = {room for own in rows for _, _, room, _ in own}
-    if edges is not None and not any(levels) and len(rooms) == 1:
-        # Stages without groups that fit the same GPUs are one heap of ranks.
-        return sum(shape.ranks for shape in shapes), *rooms, asked
-    stages = [
-        (shape.ranks, groups, shape.etp, most_in_domain(problem, shape), own)
-        for shape, groups, own in zip(shapes, levels, rows, strict=True)
-    ]
-    return (asked, *stages)
-
-
-def layer_rows(
-    problem: Problem,
-    counts: list[int | None],
-    memory: StageMemory,
-    edges: list[int] | None,
-    steps: list[int],
-    stage: int,
-) -> list[tuple[int, int, int, int]]:
-    """Return what a stage may hold: first layer, one past the last, least room (place in `steps`), whether any is MoE.
-
-    Ranges that fit no GPU are left out, and so are those that a pin of layers keeps from the stage.
-    """
-    moe_layers = set(problem.model.moe_layers)
-    rows: list[tuple[int, int, int, int]] = []
-    for first, last in _ranges(problem, counts, edges, stage):
-        step = bisect_left(steps, memory.need(stage, first, last))
-        if step < len(steps):
-            rows.append((first, last, step, int(not moe_layers.isdisjoint(range(first, last)))))
-    return rows
-
-
-def _ranges(
-    problem: Problem, counts: list[int | None], edges: list[int] | None, stage: int
-) -> Iterator[tuple[int, int]]:
-    count = counts[stage]
-    if edges is not None:
-        yield edges[stage], edges[stage + 1]
-        return
-    if None not in counts:
-        start = sum(own or 0 for own in counts[:stage])
-        yield start, start + (count or 0)
-        return
-    layers, least = problem.model.layer_count, least_layers(problem, counts)
-    for first in range(layers + 1):
-        lasts = range(first + least, layers + 1) if count is None else [first + count]
-        yield from ((first, last) for last in lasts if last <= layers)
 
 
 @dataclass(frozen=True)

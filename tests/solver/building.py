@@ -208,9 +208,9 @@ def make_problem(folder: Path, **changes: Any) -> Problem:
 # plans
 
 
-def every_split(layers: int, counts: list[int | None]) -> Iterator[list[int]]:
-    """Yield the boundaries of every split that `counts` allows; stages that nobody fixed hold at least one layer."""
-    least = 0 if any(count is not None for count in counts) else 1
+def every_split(layers: int, counts: list[int | None], *, listed: bool = False) -> Iterator[list[int]]:
+    """Yield the boundaries of every split that `counts` allows; stages that nobody listed hold at least one layer."""
+    least = 0 if listed or any(count is not None for count in counts) else 1
 
     def grow(edges: list[int]) -> Iterator[list[int]]:
         stage = len(edges) - 1
@@ -229,7 +229,9 @@ def every_split(layers: int, counts: list[int | None]) -> Iterator[list[int]]:
 def random_plan(rng: np.random.Generator, problem: Problem, candidate: Candidate) -> Plan | None:
     """Return a legal plan of the candidate's strategy with GPUs, split and experts drawn; None when 30 draws break rules."""
     allowed = np.flatnonzero(problem.allowed)
-    splits = list(every_split(problem.model.layer_count, candidate.counts))
+    splits = list(
+        every_split(problem.model.layer_count, candidate.counts, listed=problem.request.stages is not None)
+    )
     for _ in range(30):
         gpus = rng.permutation(allowed)[: candidate.strategy.ranks]
         plan = plan_on(

@@ -245,7 +245,8 @@ def bytes_of(problem: Problem, shapes: tuple[Shape, ...], stage: int, first: int
 def splits(case: Tiny) -> list[list[int]]:
     """Return every split of the layers that the requirements on layers admit."""
     asked, found = case.problem.requirements, []
-    for edges in every_split(case.problem.model.layer_count, case.counts):
+    listed = case.problem.request.stages is not None
+    for edges in every_split(case.problem.model.layer_count, case.counts, listed=listed):
         stage_of = {
             layer: stage for stage, pair in enumerate(pairwise(edges)) for layer in range(pair[0], pair[1])
         }
