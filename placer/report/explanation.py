@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rich.text import Text
 
+from placer.report.tables import plain
 from placer.spec.units import format_time
 
 
@@ -92,7 +93,7 @@ def explanation_report(told: Explanation) -> Text:
         return _feasible(told)
     if told.status == "undecided":
         lines = [
-            f"? Not decided whether {told.model} has a placement on {told.cluster} under `{shown(told.file)}`"
+            f"? Not decided whether {told.model} has a placement on {told.cluster} under `{plain(told.file)}`"
         ]
         lines += [f"  not decided: {what}" for what in told.undecided[:3]]
         lines += [f"  ruled out: {reason}" for reason in told.reasons[:4]]
@@ -105,11 +106,6 @@ def _advice(told: Explanation) -> str:
     return {"time": "; give it more time with --time-limit", "Ctrl-C": "; it was stopped by Ctrl-C"}.get(
         told.stopped_by, ""
     )
-
-
-def shown(text: str) -> str:
-    """Return text from outside, such as a file's name, with what would steer a terminal escaped."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def _feasible(told: Explanation) -> Text:
@@ -128,7 +124,7 @@ def _infeasible(told: Explanation) -> Text:
     text.append("× ", style="bold red")
     tried = " with the degrees that are tried" if told.thinned else ""
     text.append(
-        f"No placement of {told.model} on {told.cluster}{tried} meets every requirement of `{shown(told.file)}`\n"
+        f"No placement of {told.model} on {told.cluster}{tried} meets every requirement of `{plain(told.file)}`\n"
     )
     text.append("╰─▶ ", style="bold red")
     text.append(f"{told.sentence}\n")
@@ -201,10 +197,10 @@ def _grouped(conflict: Sequence[Condition]) -> list[tuple[str, str, str]]:
     for kind, own in by_kind.items():
         if len(own) > MANY:
             rows.append(
-                (f"{kind}: {len(own)} entries, {own[0].key} to {own[-1].key}", "", shown(own[0].where))
+                (f"{kind}: {len(own)} entries, {own[0].key} to {own[-1].key}", "", plain(own[0].where))
             )
         else:
-            rows += [(condition.key, condition.value, shown(condition.where)) for condition in own]
+            rows += [(condition.key, condition.value, plain(condition.where)) for condition in own]
     return rows
 
 
