@@ -413,14 +413,14 @@ def test_long_lists_and_repeats_that_do_no_harm_are_read(small_files: Files) -> 
     data = json.loads(path.read_text())
     data["requirements"] |= {
         "pin_gpus": {"big01": [0] * 100_000},
-        "exclude_ranks": {str(rank): ["big01/0"] for rank in range(20_000)},
+        "exclude_ranks": {str(rank): ["big01/0"] for rank in range(5_000)},
         "exclude_layers": {"0": [5] * 100_000},
         "exclude_experts": [{"experts": [0], "ep": list(range(100_000))}],
     }
     path.write_text(json.dumps(data))
     problem = load_problem(path)
     assert problem.pinned.sum() == 1
-    assert len(problem.requirements.exclude_ranks) == 20_000
+    assert len(problem.requirements.exclude_ranks) == 5_000
 
 
 # Levels, limits and masks that follow
@@ -621,3 +621,13 @@ def test_a_million_ranks_are_read(since: Callable[..., Path]) -> None:
     text = (path.parent / "old.json").read_text()
     (path.parent / "old.json").write_text(text.replace('"rank": 999999,', '"rank": 999998,'))
     assert refused(path).message == "states rank 999998 a second time"
+
+
+def test_more_ranks_than_a_file_may_name_are_refused(small_files: Files) -> None:
+    """A mask over all GPUs is kept for each named rank, so their number has an end."""
+    path = as_json(small_files())
+    data = json.loads(path.read_text())
+    data["requirements"]["pin_ranks"] = {str(rank): "big01" for rank in range(5_001)}
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match="at most 5000 of them"):
+        load_problem(path)

@@ -381,7 +381,7 @@ TOGETHER = np.array([[False, True], [True, False]])
         ([(1, 5)], [], None, None, "`pin_experts` puts expert 1 on EP rank 5, but the stage has 2, numbered from 0"),
         ([(0, 0), (1, 0), (2, 0), (3, 0)], [], None, None, "`pin_experts` puts 4 experts on EP rank 0, which has 3 slots"),
         ([(2, 1)], [(2, 1)], None, None, "`pin_experts` puts expert 2 on EP rank 1, and `exclude_experts` keeps it from there"),
-        ([], [(2, 0), (2, 1)], None, None, "`exclude_experts` keeps expert 2 from all 2 EP ranks"),
+        ([], [(2, 0), (2, 1)], None, None, "`exclude_experts` keeps expert 2 from every EP rank"),
         ([(e, r) for e in (0, 1, 2) for r in (0, 1)], [], None, None,
          "the 6 copies of `pin_experts` and one of each of the 1 other experts need 7 slots, of which there are 6"),
         ([], [(0, 1), (1, 1)], None, None, "`exclude_experts` leaves 2 experts to EP rank 1, which has 3 slots to fill"),
