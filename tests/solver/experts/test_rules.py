@@ -258,7 +258,8 @@ def test_the_nearest_slots_keep_places_and_leave_legal_ones_alone(seed: int) -> 
         )
 
 
-@pytest.mark.parametrize("seed", range(8))
+#: Seeds whose rules some slots keep; those that flow finds none for have no start to improve.
+@pytest.mark.parametrize("seed", [0, 1, 4, 5, 8, 10, 11, 12, 14, 17, 21, 22])
 def test_improving_keeps_the_rules_and_never_slows_a_layer(seed: int) -> None:
     """Swaps and changes of copies under rules start from slots that keep them and end at such, no slower."""
     task, rules = larger(seed, layers=2)
@@ -267,8 +268,7 @@ def test_improving_keeps_the_rules_and_never_slows_a_layer(seed: int) -> None:
         rules_repair.nearest(layer, held_of(row, task.experts), task.loads[0, number])
         for number, (layer, row) in enumerate(zip(layers, swaps.start(task), strict=True))
     ]
-    if any(each is None for each in held):
-        pytest.skip("no slots keep these rules by flow")
+    assert all(each is not None for each in held), "the seeds are of rules that some slots keep"
     slots = np.stack([slots_of(each) for each in held if each is not None])
     limit = 1.001 * max(
         float(shares(held_of(row, 24), task.loads[:, n]).max()) for n, row in enumerate(slots)
