@@ -20,11 +20,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeVar
 
 import typer
 
-from placer.errors import ExportError, InputError, PlacerError, SolverError
+from placer.errors import ExportError, InputError, PlacerError, SolverError, nearest
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -46,6 +46,8 @@ MAX_WORKERS = 64
 MAX_SEED = 2**31 - 1
 #: More files than this are counted and not listed.
 LISTED_FILES = 12
+
+Named = TypeVar("Named", bound=str)
 
 app = typer.Typer(
     name="placer",
@@ -886,9 +888,28 @@ def emit(
             metavar="WORDS", help="Program and its first arguments, quoted as one.", show_default=False
         ),
     ] = None,
+    framework: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Whose rank numbers: megatron, vllm, sglang, trtllm, deepspeed.",
+            show_default=False,
+        ),
+    ] = None,
+    visibility: Annotated[
+        str | None,
+        typer.Option(
+            metavar="one|host", help="A process sees its GPU, or all of its host.", show_default=False
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Container image, for kubernetes.", show_default=False),
+    ] = None,
 ) -> int:
     """Write what a launcher needs to start a placement."""
-    from placer.launchers.base import Options
+    from placer.launchers.base import VISIBILITIES, Options
+    from placer.launchers.numbering import FRAMEWORK_NAMES
     from placer.launchers.registry import emit as write_files
     from placer.launchers.registry import list_launchers
     from placer.placement import load_placement
@@ -896,7 +917,8 @@ def emit(
     if listing:
         from placer.report.terminal import launchers_report
 
-        listed = list_launchers(None if placement is None else load_placement(placement))
+        named = _one_of(framework, FRAMEWORK_NAMES, "--framework")
+        listed = list_launchers(None if placement is None else load_placement(placement), named)
         rows = [(item.name, item.summary, item.cannot) for item in listed]
         _show(launchers_report(rows, of_placement=placement is not None))
         return DONE
@@ -912,6 +934,9 @@ def emit(
         master_port=master_port,
         command=_words(command),
         cluster=None if cluster is None else _read_cluster(cluster, read),
+        framework=_one_of(framework, FRAMEWORK_NAMES, "--framework"),
+        visibility=_one_of(visibility, VISIBILITIES, "--visibility"),
+        image=image,
     )
     paths = write_files(read, to, output, force=force, options=options)
     for path in paths[:LISTED_FILES]:
@@ -919,6 +944,18 @@ def emit(
     if len(paths) > LISTED_FILES:
         _print(f"and {len(paths) - LISTED_FILES:,} more")
     return DONE
+
+
+def _one_of(value: str | None, known: Sequence[Named], option: str) -> Named | None:
+    """Return the known name that an option states; raise InputError with the nearest one for another."""
+    if value is None:
+        return None
+    for name in known:
+        if value == name:
+            return name
+    raise InputError(
+        f"found {value[:60]!r}, expected one of {', '.join(known)}{nearest(value, known)}", key=option
+    )
 
 
 def _words(command: str | None) -> tuple[str, ...]:

@@ -156,6 +156,9 @@ class Placement(Stated):
     strategy: StrategyRecord
     ranks: list[RankRecord] = Field(min_length=1)
     experts: dict[int, list[list[Annotated[int, Field(strict=True)]]]]
+    router_groups: Degree | None = Field(
+        None, description="groups of experts the router chooses among first, 1 where it has none"
+    )
     latency: dict[str, LatencyRecord]
     memory: list[MemoryRecord]
     certificate: Certificate

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
+from placer.launchers.numbering import HOST_RULES
 from placer.launchers.registry import LAUNCHERS
 from placer.placement import Placement, plan_of
 from placer.problem import Problem, load_problem
@@ -18,7 +19,6 @@ from placer.report.inputs import problem_report
 from placer.solver.answer import solve
 from placer.spec.requirements import (
     BY_ENTRY,
-    CONTIGUITY,
     SINGLE,
     ExpertPin,
     LauncherName,
@@ -202,7 +202,7 @@ def test_no_kind_is_missing() -> None:
 
 def test_launchers_that_can_be_asked_for_are_those_that_there_are() -> None:
     """The words of `launcher`, what the solver knows of them, and the launchers are one list."""
-    assert set(get_args(LauncherName)) == set(CONTIGUITY) == set(LAUNCHERS)
+    assert set(get_args(LauncherName)) == set(HOST_RULES) == set(LAUNCHERS)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,70 +1,31 @@
-"""What every launcher shares: the interface, the options, questions asked of a placement, and the templates.
-
-A launcher turns a placement into files and writes nothing itself. Whatever it puts into a script passes the `quote`
-filter, even where a pattern has checked it before: a script runs on every host of the cluster.
-"""
+"""What every launcher is: a way to turn a job into files, which writes nothing itself, and the options it may read."""
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import re
-import shlex
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import groupby
-from pathlib import Path
-from typing import ClassVar, Protocol
-
-import jinja2
-from pydantic import ValidationError
-from pydantic_core import PydanticSerializationError
+from typing import ClassVar, Literal
 
 from placer.errors import ExportError, InputError
-from placer.placement import Placement, RankRecord, StrategyRecord
+from placer.launchers.frameworks import FRAMEWORKS
+from placer.launchers.job import Job, Placed, by_host, job_of, mig_in_a_group, not_blocked, unequal
+from placer.launchers.numbering import HOST_RULES, FrameworkName, HostRule, hosts_admitted
+from placer.launchers.scripts import EmittedFile
+from placer.launchers.soundness import check_placement
+from placer.placement import Placement
 from placer.spec.cluster import Cluster
 from placer.spec.names import check_host
-from placer.strategy import Shape
 
-# A name has to leave room for what a temporary file adds to it; file systems allow 255 bytes.
-MAX_FILE_NAME = 230
+#: Which GPUs a process sees: the one of its rank, as device 0, or all that its host has of the placement, in rank order,
+#: of which it takes the one at LOCAL_RANK. A script has one of the two.
+Visibility = Literal["one", "host"]
+VISIBILITIES: tuple[Visibility, ...] = ("one", "host")
 
-_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
-_CUDA_UUID = re.compile(r"(?:GPU|MIG)-[A-Za-z0-9_.:-]+")
-_PLAIN = re.compile(r"[A-Za-z0-9 ._+!:,/=\[\]()-]*")
-
-
-class Placed(Protocol):
-    """The decisions of a placement: all that a launcher asks to tell whether it can express them."""
-
-    @property
-    def strategy(self) -> StrategyRecord:
-        """The degrees and layers of every stage."""
-
-    @property
-    def ranks(self) -> list[RankRecord]:
-        """Every rank, in any order."""
-
-    @property
-    def experts(self) -> dict[int, list[list[int]]]:
-        """By MoE layer, the experts in the slots of every EP rank."""
-
-
-@dataclass(frozen=True)
-class EmittedFile:
-    """The text of one file, and whether it is to be run."""
-
-    text: str
-    executable: bool = False
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the file as it will be written."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+_IMAGE = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9._-]*(?::[0-9]{1,5})?(?:/[A-Za-z0-9._-]+)*(?::[A-Za-z0-9._-]+)?(?:@sha256:[0-9a-f]{64})?"
+)
 
 
 @dataclass(frozen=True)
@@ -72,13 +33,18 @@ class Options:
     """What a launcher needs beyond the placement.
 
     `command` is the program and its first arguments; what is given to a script is added to it. `cluster` gives the
-    CPUs and the NIC of each GPU, where they are known. Raises InputError for a value no launcher could use.
+    CPUs, the NUMA node and the NIC of each GPU, where they are known. `framework` is whose rank numbers a launcher of any
+    program uses, None for the placement's own. `visibility` is None for what the launcher does unless told. `image` is
+    for launchers of containers. Raises InputError for a value no launcher could use.
     """
 
     master_addr: str | None = None
     master_port: int = 29500
     command: tuple[str, ...] = ()
     cluster: Cluster | None = None
+    framework: FrameworkName | None = None
+    visibility: Visibility | None = None
+    image: str | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.master_port <= 65535:
@@ -94,10 +60,14 @@ class Options:
         for word in self.command:
             if not word.isprintable():
                 raise InputError(f"found {word[:60]!r} in the command, expected words without line breaks")
+        if self.image is not None and (len(self.image) > 500 or not _IMAGE.fullmatch(self.image)):
+            raise InputError(
+                f"found the image {self.image[:60]!r}, expected a name such as `registry.example/serve:1.2`"
+            )
 
-    def master(self, placement: Placement) -> str:
+    def master(self, job: Job) -> str:
         """The address rank 0 listens on: as stated, else its host."""
-        return self.master_addr or in_rank_order(placement)[0].host
+        return self.master_addr or job.ranks[0].host
 
     def endpoint(self, host: str, port: int) -> str:
         """The address, as stated or else `host`, and a port in one word."""
@@ -106,305 +76,116 @@ class Options:
 
 
 class Launcher(ABC):
-    """One way to start a placement. `name` is what a user types, `summary` one line for a list."""
+    """One way to start a placement. `name` is what a user types, `summary` one line for a list.
+
+    `visibilities` are the ways in which its processes can see GPUs, the first unless told.
+    """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    visibilities: ClassVar[tuple[Visibility, ...]] = ("one", "host")
 
-    @abstractmethod
-    def cannot(self, placement: Placed) -> str | None:
-        """Return why this placement cannot be expressed, in one sentence without a full stop, or None when it can."""
+    @property
+    def rule(self) -> HostRule:
+        """What it asks of ranks on hosts."""
+        return HOST_RULES[self.name]
 
-    def cannot_degrees(self, placement: Placed) -> str | None:
+    def cannot(self, placed: Placed, framework: FrameworkName | None = None) -> str | None:
+        """Return why this placement cannot be expressed, in one sentence without a full stop, or None when it can.
+
+        `framework` is whose numbers the ranks are to have.
+        """
+        own = self.rule.framework
+        if own is not None and framework not in (None, own):
+            return f"it starts {own} with the rank numbers of {own}, and `--framework {framework}` asks for others"
+        named = own or framework
+        reason = mig_in_a_group(placed)
+        if reason is None and named is not None:
+            reason = FRAMEWORKS[named].cannot(placed)
+        if reason is None and own is None and framework is not None:
+            count = len(job_of(placed).servers(framework))
+            if count > 1:
+                reason = (
+                    f"{framework} runs it as {count} servers, each with ranks from 0, "
+                    "and this launcher numbers all ranks at once"
+                )
+        return reason or self.refuses(self.job(placed, framework))
+
+    def cannot_degrees(self, placed: Placed) -> str | None:
         """Return why its stages and degrees alone, wherever the ranks are, cannot be expressed, or None when they can."""
-        return None
+        named = self.rule.framework
+        return None if named is None else FRAMEWORKS[named].cannot_degrees(placed)
+
+    def job(self, placed: Placed, framework: FrameworkName | None = None) -> Job:
+        """Return what is launched.
+
+        A launcher of any program gets the ranks as `framework` numbers them. That of a framework gets the placement's own
+        numbers, and asks for `Job.servers` itself.
+        """
+        return job_of(placed, None if self.rule.framework is not None else framework)
+
+    def refuses(self, job: Job) -> str | None:
+        """Return why the hosts of the ranks (or anything else) stand against it, or None."""
+        return hosts_refused(job, self.rule)
 
     @abstractmethod
-    def render(self, placement: Placement, options: Options) -> dict[str, EmittedFile]:
-        """Return the files of a placement that was checked and can be expressed."""
+    def render(self, job: Job, options: Options) -> dict[str, EmittedFile]:
+        """Return the files of a job that was checked and can be expressed."""
+
+    def visibility(self, options: Options) -> Visibility:
+        """Return how processes see GPUs; raise ExportError where it cannot be as the options say."""
+        wanted = options.visibility or self.visibilities[0]
+        if wanted not in self.visibilities:
+            raise ExportError(
+                f"{self.name} cannot start processes with `--visibility {wanted}`, only with "
+                f"{' or '.join(f'`{name}`' for name in self.visibilities)}"
+            )
+        return wanted
 
     def files(self, placement: Placement, options: Options) -> dict[str, EmittedFile]:
-        """Return the files by name; raise InputError for a broken placement, ExportError for one out of reach."""
+        """Return the files by name; raise InputError for a broken placement, ExportError for one out of reach.
+
+        Where the ranks of any program are numbered by a framework, the expert map in that framework's form is with them.
+        """
         check_placement(placement)
-        reason = self.cannot(placement)
+        reason = self.cannot(placement, options.framework)
         if reason is not None:
             raise ExportError(f"{self.name} cannot express this placement: {reason}")
-        return self.render(placement, options)
+        job = self.job(placement, options.framework)
+        experts = FRAMEWORKS[job.framework].expert_files(job) if job.framework is not None else {}
+        return self.render(job, options) | experts
 
 
-@dataclass(frozen=True)
-class HostRanks:
-    """The ranks of one host, in rank order."""
-
-    host: str
-    ranks: tuple[RankRecord, ...]
-
-    @property
-    def runs(self) -> str:
-        """The rank numbers for a person: `0-3, 8`."""
-        runs: list[list[int]] = []
-        for record in self.ranks:
-            if runs and record.rank == runs[-1][-1] + 1:
-                runs[-1].append(record.rank)
-            else:
-                runs.append([record.rank])
-        return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-    @property
-    def devices(self) -> tuple[str, ...]:
-        """What CUDA_VISIBLE_DEVICES lists: UUIDs when every GPU here has one, else indices; never a mixture."""
-        uuids = [record.uuid for record in self.ranks]
-        if all(cuda_uuid(uuid) for uuid in uuids):
-            return tuple(str(uuid) for uuid in uuids)
-        return tuple(str(record.gpu) for record in self.ranks)
-
-
-def cuda_uuid(uuid: str | None) -> bool:
-    """Whether CUDA takes this UUID as a device; one of another form would hide the GPU and all that follow it."""
-    return uuid is not None and _CUDA_UUID.fullmatch(uuid) is not None
-
-
-def in_rank_order(placement: Placed) -> list[RankRecord]:
-    """Return the ranks by number; a file may list them in any order."""
-    return sorted(placement.ranks, key=lambda record: record.rank)
-
-
-def ranks_by_host(placement: Placed) -> list[HostRanks]:
-    """Return every host with its ranks, hosts in the order of their first rank."""
-    return by_host(in_rank_order(placement))
-
-
-def by_host(ranks: Sequence[RankRecord]) -> list[HostRanks]:
-    """Return the hosts of some ranks, each with its own, in the order given."""
-    found: dict[str, list[RankRecord]] = {}
-    for record in ranks:
-        found.setdefault(record.host, []).append(record)
-    return [HostRanks(host, tuple(records)) for host, records in found.items()]
-
-
-def short_names_clash(hosts: Sequence[HostRanks]) -> bool:
-    """Whether two hosts differ only in their domains, so that a short name does not tell which of them it is."""
-    return len({host.host.partition(".")[0] for host in hosts}) < len(hosts)
-
-
-def not_blocked(ranks: Sequence[RankRecord]) -> str | None:
-    """Return a sentence on the first host that holds more than one run of these ranks, or None when none does."""
-    runs = Counter(host for host, _ in groupby(record.host for record in ranks))
-    for host in by_host(ranks):
-        if runs[host.host] > 1:
-            return f"host {host.host} holds the ranks {host.runs}, and each host must hold one unbroken run of ranks"
+def hosts_refused(job: Job, rule: HostRule) -> str | None:
+    """Return why the hosts of a job break the rule of a launcher, server by server, or None when they do not."""
+    framework = rule.framework
+    all_servers = [job] if framework is None else job.servers(framework)
+    for number, server in enumerate(all_servers):
+        reason = _server_refused(server, rule, job)
+        if reason is not None:
+            return reason if len(all_servers) == 1 else f"in server {number}, {reason}"
     return None
 
 
-def layer_count(placement: Placed) -> int:
-    """How many layers the placed model has."""
-    return max(stage.layers[1] for stage in placement.strategy.stages)
-
-
-def check_placement(placement: Placement) -> None:
-    """Raise InputError unless a placement is sound enough to be made into scripts.
-
-    The model's own checks are run again, since an object can be built without them; then numbers that would start
-    the wrong thing: ranks, GPUs, coordinates and slots. Memory, limits and times are the business of `verify`.
-    """
-    try:
-        Placement.model_validate(placement.model_dump(warnings=False))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"the placement cannot be used: {first['msg']}", key=place) from None
-    except (PydanticSerializationError, AttributeError, TypeError) as error:
-        raise InputError(f"the placement cannot be used: {error}") from None
-    if not _VERSION.fullmatch(placement.placer):
-        raise InputError(f"found {placement.placer[:60]!r}, expected a version such as `0.1.0`", key="placer")
-    _check_ranks(placement)
-    _check_layers(placement)
-
-
-def _check_ranks(placement: Placement) -> None:
-    ranks = in_rank_order(placement)
-    for number, record in enumerate(ranks):
-        if record.rank != number:
-            found = "is missing" if record.rank > number else "is listed twice"
-            raise InputError(f"rank {min(number, record.rank)} {found}", key="ranks")
-    gpus: dict[tuple[str, int], int] = {}
-    uuids: dict[str, int] = {}
-    for record in ranks:
-        first = gpus.setdefault((record.host, record.gpu), record.rank)
-        if first != record.rank:
-            raise InputError(
-                f"ranks {first} and {record.rank} are both on GPU {record.host}/{record.gpu}", key="ranks"
+def _server_refused(server: Job, rule: HostRule, whole: Job) -> str | None:
+    hosts = by_host(server.ranks)
+    reason = not_blocked(server.ranks) if rule.blocked else None
+    if reason is None and rule.equal:
+        reason = unequal(hosts)
+        if reason is None and not hosts_admitted(
+            rule.framework, whole.shapes, len(hosts), moe=bool(whole.experts)
+        ):
+            what = "stages" if rule.framework == "sglang" else "engines of one DP rank"
+            reason = (
+                f"its {len(hosts)} hosts and its {what} do not divide one another, as {rule.framework} needs"
             )
-        if record.uuid is not None:
-            first = uuids.setdefault(record.uuid, record.rank)
-            if first != record.rank:
-                raise InputError(
-                    f"ranks {first} and {record.rank} have the same UUID {record.uuid}", key="ranks"
+    if reason is None and rule.ascending:
+        for host in hosts:
+            indices = [record.gpu for record in host.ranks]
+            if indices != sorted(indices):
+                reason = (
+                    f"the ranks {host.runs} of host {host.host} are on its GPUs {', '.join(map(str, indices))}, "
+                    "and the launcher gives a host's GPUs out by ascending index"
                 )
-    expected: list[tuple[int, ...]] = []
-    for number, stage in enumerate(placement.strategy.stages):
-        try:
-            shape = Shape(tp=stage.tp, dp=stage.dp, ep=stage.ep, etp=stage.etp)
-        except ValueError as error:
-            raise InputError(str(error), key=f"strategy.stages.{number}") from None
-        if shape.ranks > len(ranks):
-            raise InputError(f"stage {number} needs {shape.ranks} ranks, found {len(ranks)}", key="ranks")
-        columns = shape.coordinates()
-        rows = zip(*(columns[name].tolist() for name in ("dp", "tp", "ep", "etp", "edp")), strict=True)
-        expected.extend((number, *row) for row in rows)
-    if len(expected) != len(ranks):
-        raise InputError(f"the stages need {len(expected)} ranks, found {len(ranks)}", key="ranks")
-    for record, wanted in zip(ranks, expected, strict=True):
-        found_at = (record.stage, record.dp, record.tp, record.ep, record.etp, record.edp)
-        if found_at != wanted:
-            raise InputError(
-                f"rank {record.rank} is at (stage, dp, tp, ep, etp, edp) {found_at}, "
-                f"but the strategy numbers it {wanted}",
-                key="ranks",
-            )
-
-
-def _check_layers(placement: Placement) -> None:
-    ep_of_layer: dict[int, int] = {}
-    end = 0
-    for number, stage in enumerate(placement.strategy.stages):
-        first, last = stage.layers
-        if first != end or last < first:
-            raise InputError(
-                f"stage {number} holds the layers {first} up to {last}, expected them to begin at {end}",
-                key=f"strategy.stages.{number}.layers",
-            )
-        ep_of_layer.update(dict.fromkeys(range(first, last), stage.ep))
-        end = last
-    for layer, rows in placement.experts.items():
-        key = f"experts.{layer}"
-        if layer not in ep_of_layer:
-            raise InputError(f"found experts of layer {layer}, which no stage holds", key=key)
-        if len(rows) != ep_of_layer[layer]:
-            raise InputError(f"found slots of {len(rows)} EP ranks, expected {ep_of_layer[layer]}", key=key)
-        if len({len(row) for row in rows}) != 1 or not rows[0]:
-            raise InputError("expected the same number of slots, 1 or more, on every EP rank", key=key)
-        if min(min(row) for row in rows) < 0:
-            raise InputError("found a negative expert number", key=key)
-
-
-def check_file_name(name: str) -> str:
-    """Return `name` when it is one plain part of a path; raise ExportError otherwise."""
-    if len(name) > MAX_FILE_NAME or not _FILE_NAME.fullmatch(name):
-        raise ExportError(
-            f"cannot write a file named {name[:60]!r}: expected {MAX_FILE_NAME} letters, digits and `._-` at most"
-        )
-    return name
-
-
-def host_file(prefix: str, host: str, suffix: str) -> str:
-    """Return the name of a host's file, such as `torchrun-node01.sh`; raise ExportError for no host name."""
-    try:
-        check_host(host)
-    except ValueError as error:
-        raise ExportError(f"cannot name a file after a host: {error}") from None
-    return check_file_name(f"{prefix}-{host}{suffix}")
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A word of a command that is the path of a file emitted beside the script."""
-
-    name: str
-
-
-def host_scripts(
-    placement: Placement,
-    name: str,
-    command: Callable[[int, HostRanks], Sequence[str | Beside]],
-    *,
-    usage: str,
-    ranks: Sequence[RankRecord] | None = None,
-    notes: Sequence[str] = (),
-    environment: Mapping[str, str] | None = None,
-    beside: Mapping[str, EmittedFile] | None = None,
-    needs_arguments: bool = False,
-) -> dict[str, EmittedFile]:
-    """Return `NAME-HOST.sh` for every host of `ranks`, all of the placement unless told, in the order of their first.
-
-    Each checks its host, shows the command that host's GPUs in rank order, and becomes what `command` returns for the
-    host's number and ranks, with the arguments given to the script. `beside` are emitted files the command reads: the
-    script refuses to run when one is missing or not the one made with it. `notes` are lines under the usage.
-    """
-    hosts = ranks_by_host(placement) if ranks is None else by_host(ranks)
-    digest = placement.digest()
-    exact = short_names_clash(ranks_by_host(placement))
-    sums = {check_file_name(file): emitted.sha256 for file, emitted in (beside or {}).items()}
-    scripts: dict[str, EmittedFile] = {}
-    for number, host in enumerate(hosts):
-        file = host_file(name, host.host, ".sh")
-        text = render_template(
-            "host.sh.j2",
-            name=file,
-            title=f"{name} on {host.host}, host {number} of {len(hosts)}: ranks {host.runs}",
-            usage=usage,
-            notes=notes,
-            version=placement.placer,
-            digest=digest,
-            host=host.host,
-            exact=exact,
-            ranks=host.runs,
-            environment={
-                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-                "CUDA_VISIBLE_DEVICES": ",".join(host.devices),
-                **(environment or {}),
-            },
-            command=[
-                {"beside": isinstance(word, Beside), "word": _word(word)} for word in command(number, host)
-            ],
-            beside=sums,
-            needs_arguments=needs_arguments,
-        )
-        scripts[file] = EmittedFile(text, executable=True)
-    return scripts
-
-
-def _word(word: str | Beside) -> str:
-    return check_file_name(word.name) if isinstance(word, Beside) else word
-
-
-def quote(value: object) -> str:
-    """Return a value as one word of a shell script; raise ExportError for what cannot be printed on one line."""
-    text = str(value)
-    if not text.isprintable():
-        raise ExportError(
-            f"cannot put {text[:60]!r} into a script: it holds a line break or another control sign"
-        )
-    return shlex.quote(text)
-
-
-def plain(value: object) -> str:
-    """Return a value that stands in a comment or as a variable name, unquoted; raise ExportError for anything odd."""
-    text = str(value)
-    if not _PLAIN.fullmatch(text):
-        raise ExportError(f"cannot put {text[:60]!r} into a script: it holds signs that are not plain")
-    return text
-
-
-def render_template(template: str, /, **values: object) -> str:
-    """Return a template of `templates/` filled in."""
-    return _templates().get_template(template).render(values)
-
-
-@lru_cache(maxsize=1)
-def _templates() -> jinja2.Environment:
-    # The output is shell and not HTML: `quote` is the escaping, and a value left out is an error.
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        undefined=jinja2.StrictUndefined,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        # `{#` is the length of an array in the shell.
-        comment_start_string="{##",
-        comment_end_string="##}",
-    )
-    environment.filters["quote"] = quote
-    environment.filters["plain"] = plain
-    return environment
+                break
+    return reason

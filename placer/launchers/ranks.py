@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from placer.errors import ExportError, InputError
-from placer.launchers.base import (
-    EmittedFile,
-    Launcher,
-    Options,
-    Placed,
-    in_rank_order,
-    plain,
-    ranks_by_host,
-    render_template,
-    short_names_clash,
-)
-from placer.placement import Placement
+from placer.launchers.base import Launcher, Options, Visibility
+from placer.launchers.job import Job, short_names_clash
+from placer.launchers.numbering import FRAMEWORK_NAMES
+from placer.launchers.scripts import EmittedFile, check_file_name, plain, render_template
 from placer.spec.names import check_device, check_host
 
-COLUMNS = ("rank", "host", "gpu", "uuid", "cpus", "nic", "stage", "dp", "tp", "ep", "etp", "edp")
+COLUMNS = (
+    "rank",
+    "host",
+    "local",
+    "gpu",
+    "uuid",
+    "cpus",
+    "numa",
+    "nic",
+    "stage",
+    "dp",
+    "tp",
+    "ep",
+    "etp",
+    "edp",
+)
 NOTHING = "-"
 
-_HEADER = re.compile(r"# placer (\S+) placement ([0-9a-f]{64})")
+_HEADER = re.compile(
+    rf"# placer (\S+) placement ([0-9a-f]{{64}})(?: ranks of ({'|'.join(FRAMEWORK_NAMES)}))?"
+)
 _CPUS = re.compile(r"[0-9]+(?:-[0-9]+)?(?:,[0-9]+(?:-[0-9]+)?)*")
-_NUMBERS = ("rank", "gpu", "stage", "dp", "tp", "ep", "etp", "edp")
+_NUMBERS = ("rank", "local", "gpu", "stage", "dp", "tp", "ep", "etp", "edp")
 
 
 @dataclass(frozen=True)
 class RankRow:
-    """One line of `ranks.tsv`; None where the file says `-`."""
+    """One line of `ranks.tsv`; None where the file says `-`. `local` is the place among the ranks of its host."""
 
     rank: int
     host: str
+    local: int
     gpu: int
     uuid: str | None
     cpus: str | None
+    numa: int | None
     nic: str | None
     stage: int
     dp: int
@@ -46,14 +58,15 @@ class RankRow:
     edp: int
 
 
-def rank_rows(placement: Placement, options: Options) -> list[RankRow]:
-    """Return every rank in order, with the CPUs and the NIC the cluster of the options names for its GPU.
+def rank_rows(job: Job, options: Options) -> list[RankRow]:
+    """Return every rank in order, with the CPUs, NUMA node and NIC the cluster of the options names for its GPU.
 
     Raises ExportError when that cluster has not the GPU, or names CPUs or a NIC in a form no tool takes.
     """
     rows: list[RankRow] = []
-    for record in in_rank_order(placement):
-        cpus = nic = None
+    seen: Counter[str] = Counter()
+    for record in job.ranks:
+        cpus = numa = nic = None
         if options.cluster is not None:
             gpu = options.cluster.number.get((record.host, record.gpu))
             if gpu is None:
@@ -61,7 +74,11 @@ def rank_rows(placement: Placement, options: Options) -> list[RankRow]:
                     f"rank {record.rank} is on GPU {record.host}/{record.gpu}, which the cluster "
                     f"{options.cluster.name} has not"
                 )
-            cpus, nic = options.cluster.cpus[gpu], options.cluster.nic[gpu]
+            cpus, numa, nic = (
+                options.cluster.cpus[gpu],
+                options.cluster.numa[gpu],
+                options.cluster.nic[gpu],
+            )
         if cpus is not None and not _CPUS.fullmatch(cpus):
             raise ExportError(
                 f"found the CPUs {cpus[:60]!r} for GPU {record.host}/{record.gpu}, expected a list such as `0-47,96-143`"
@@ -77,9 +94,11 @@ def rank_rows(placement: Placement, options: Options) -> list[RankRow]:
             RankRow(
                 rank=record.rank,
                 host=record.host,
+                local=seen[record.host],
                 gpu=record.gpu,
                 uuid=record.uuid,
                 cpus=cpus,
+                numa=numa,
                 nic=nic,
                 stage=record.stage,
                 dp=record.dp,
@@ -89,12 +108,14 @@ def rank_rows(placement: Placement, options: Options) -> list[RankRow]:
                 edp=record.edp,
             )
         )
+        seen[record.host] += 1
     return rows
 
 
-def dump_ranks(placement: Placement, rows: list[RankRow]) -> str:
+def dump_ranks(job: Job, rows: list[RankRow]) -> str:
     """Return the text of `ranks.tsv`: a comment with the digest, the column names, a line for each rank."""
-    lines = [f"# placer {plain(placement.placer)} placement {placement.digest()}", "\t".join(COLUMNS)]
+    numbered = f" ranks of {job.framework}" if job.framework is not None else ""
+    lines = [f"# placer {plain(job.version)} placement {job.digest}{numbered}", "\t".join(COLUMNS)]
     for row in rows:
         values = (getattr(row, column) for column in COLUMNS)
         lines.append("\t".join(NOTHING if value is None else plain(value) for value in values))
@@ -106,7 +127,11 @@ def parse_ranks(text: str) -> tuple[str, list[RankRow]]:
     lines = text.split("\n")
     header = _HEADER.fullmatch(lines[0])
     if not header:
-        raise InputError("expected `# placer VERSION placement DIGEST`", file="ranks.tsv", line=1)
+        raise InputError(
+            "expected `# placer VERSION placement DIGEST`, with `ranks of FRAMEWORK` after it or nothing",
+            file="ranks.tsv",
+            line=1,
+        )
     if len(lines) < 3 or tuple(lines[1].split("\t")) != COLUMNS or lines[-1]:
         raise InputError(f"expected the columns {', '.join(COLUMNS)}", file="ranks.tsv", line=2)
     return header.group(2), [_row(line, number) for number, line in enumerate(lines[2:-1], start=3)]
@@ -125,43 +150,62 @@ def _row(line: str, number: int) -> RankRow:
                 line=number,
             )
     texts = {name: None if values[name] == NOTHING else values[name] for name in ("uuid", "cpus", "nic")}
+    if not re.fullmatch(r"-|[0-9]{1,4}", values["numa"]):
+        raise InputError(
+            f"found {values['numa'][:40]!r}, expected a NUMA node or `-`",
+            file="ranks.tsv",
+            key="numa",
+            line=number,
+        )
+    numa = None if values["numa"] == NOTHING else int(values["numa"])
     try:
         host = check_host(values["host"])
     except ValueError as error:
         raise InputError(str(error), file="ranks.tsv", key="host", line=number) from None
-    return RankRow(host=host, **texts, **{name: int(values[name]) for name in _NUMBERS})  # type: ignore[arg-type]
+    return RankRow(host=host, numa=numa, **texts, **{name: int(values[name]) for name in _NUMBERS})  # type: ignore[arg-type]
 
 
-def wrapper_files(placement: Placement, options: Options) -> dict[str, EmittedFile]:
-    """Return `ranks.tsv` and `bind.sh`, for this launcher and for those that start the wrapper."""
-    rows = rank_rows(placement, options)
-    table = EmittedFile(dump_ranks(placement, rows))
+def wrapper_files(
+    job: Job,
+    options: Options,
+    visibility: Visibility = "one",
+    *,
+    suffix: str = "",
+    host_variable: str | None = None,
+) -> dict[str, EmittedFile]:
+    """Return `ranks.tsv` and `bind.sh`, for this launcher and for those that start every rank through the wrapper.
+
+    `suffix` goes into both names, for the table and wrapper of one server of several: `ranks-0.tsv`, `bind-0.sh`.
+    `host_variable` is the environment variable that names the host, where processes have a host name of their own.
+    """
+    rows = rank_rows(job, options)
+    table = EmittedFile(dump_ranks(job, rows))
+    table_file, script_file = check_file_name(f"ranks{suffix}.tsv"), check_file_name(f"bind{suffix}.sh")
     script = render_template(
         "bind.sh.j2",
-        version=placement.placer,
-        digest=placement.digest(),
+        name=script_file,
+        table_file=table_file,
+        version=job.version,
+        digest=job.digest,
+        framework=job.framework or "",
         table_sha256=table.sha256,
         ranks=len(rows),
-        exact=short_names_clash(ranks_by_host(placement)),
+        exact=short_names_clash(job.hosts),
+        visibility=visibility,
+        host_variable=host_variable,
         command=options.command,
-        master_addr=options.master(placement),
+        master_addr=options.master(job),
         master_port=options.master_port,
     )
-    return {"ranks.tsv": table, "bind.sh": EmittedFile(script, executable=True)}
+    return {table_file: table, script_file: EmittedFile(script, executable=True)}
 
 
 class Ranks(Launcher):
     """A table of ranks and a wrapper that binds each process by its rank."""
 
     name = "ranks"
-    summary = (
-        "rank table and bind.sh, a wrapper that gives each rank its GPU, CPUs and NIC under any launcher"
-    )
+    summary = "rank table and bind.sh, a wrapper that gives each rank its GPU, CPUs, NUMA node and NIC under any launcher"
 
-    def cannot(self, placement: Placed) -> str | None:
-        """Return None: a table takes any map."""
-        return None
-
-    def render(self, placement: Placement, options: Options) -> dict[str, EmittedFile]:
+    def render(self, job: Job, options: Options) -> dict[str, EmittedFile]:
         """Return `ranks.tsv` and `bind.sh`."""
-        return wrapper_files(placement, options)
+        return wrapper_files(job, options, self.visibility(options))

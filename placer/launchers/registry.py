@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from placer.errors import ExportError, InputError, nearest
-from placer.launchers.base import EmittedFile, Launcher, Options, check_file_name, check_placement
+from placer.launchers.base import Launcher, Options
+from placer.launchers.numbering import FrameworkName
 from placer.launchers.ranks import Ranks
+from placer.launchers.scripts import EmittedFile, check_file_name
 from placer.launchers.sglang import Sglang
+from placer.launchers.soundness import check_placement
 from placer.launchers.torchrun import Torchrun
 from placer.placement import Placement, write_text
 
@@ -36,12 +39,18 @@ def launcher_named(name: str) -> Launcher:
     return LAUNCHERS[name]
 
 
-def list_launchers(placement: Placement | None = None) -> list[Listing]:
+def list_launchers(
+    placement: Placement | None = None, framework: FrameworkName | None = None
+) -> list[Listing]:
     """Return every launcher, and for a placement whether it can express it."""
     if placement is not None:
         check_placement(placement)
     return [
-        Listing(launcher.name, launcher.summary, None if placement is None else launcher.cannot(placement))
+        Listing(
+            launcher.name,
+            launcher.summary,
+            None if placement is None else launcher.cannot(placement, framework),
+        )
         for launcher in LAUNCHERS.values()
     ]
 
@@ -61,11 +70,15 @@ def emit(
     """
     launcher = launcher_named(name)
     check_placement(placement)
-    reason = launcher.cannot(placement)
+    options = options or Options()
+    framework = options.framework
+    reason = launcher.cannot(placement, framework)
     if reason is not None:
-        able = [f"`{other.name}`" for other in LAUNCHERS.values() if other.cannot(placement) is None]
+        able = [
+            f"`{other.name}`" for other in LAUNCHERS.values() if other.cannot(placement, framework) is None
+        ]
         raise ExportError(f"{name} cannot express this placement: {reason}; {_those_that_can(able)}")
-    return write_files(launcher.files(placement, options or Options()), out_dir, force=force)
+    return write_files(launcher.files(placement, options), out_dir, force=force)
 
 
 def _those_that_can(able: list[str]) -> str:

@@ -152,6 +152,7 @@ def make_placement(problem: Problem, result: Result, seed: int) -> Placement:
         strategy=strategy_record(plan),
         ranks=rank_records(problem, plan),
         experts=expert_records(plan),
+        router_groups=None if problem.model.moe is None else problem.model.moe.groups,
         latency={
             scenario.name: LatencyRecord(total_s=latency.total, terms=latency.terms)
             for scenario, latency in zip(problem.scenarios, latencies, strict=True)

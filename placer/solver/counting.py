@@ -364,7 +364,7 @@ def equal_hosts(case: Case) -> Objection | None:
         used = ranks // each
         # Hosts with a pinned GPU are used, so they hold as many as the others.
         fits = ranks % each == 0 and int((free >= each).sum()) >= used
-        if fits and (free[pinned > 0] >= each).all() and hosts_admitted(problem, len(shapes), used):
+        if fits and (free[pinned > 0] >= each).all() and hosts_admitted(problem, shapes, used):
             parts.append(each)
     if parts:
         # What servers take of a host is a sum of such parts.
@@ -384,6 +384,7 @@ class _Sketch:
     strategy: StrategyRecord
     ranks: list[RankRecord]
     experts: dict[int, list[list[int]]]
+    router_groups: int | None = None
 
 
 def _count(number: int, what: str) -> str:

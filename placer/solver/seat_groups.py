@@ -12,8 +12,9 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from placer.launchers import numbering
+from placer.launchers.numbering import HOST_RULES, servers
 from placer.problem import Problem
-from placer.spec.requirements import CONTIGUITY
 from placer.strategy import Shape
 
 Ints = NDArray[np.int64]
@@ -113,29 +114,20 @@ def pinned_copies(problem: Problem, shapes: Sequence[Shape]) -> list[tuple[int, 
 
 
 def launch_runs(problem: Problem, shapes: Sequence[Shape]) -> list[Ints]:
-    """Return the rank sequences in each of which a host must hold one unbroken run: all ranks, or each SGLang server's.
+    """Return the rank sequences in each of which a host must hold one unbroken run: all ranks, or those of each server.
 
     Empty where the launcher takes any order.
     """
-    name = problem.requirements.launcher or "ranks"
-    if not CONTIGUITY[name][0]:
-        return []
-    starts = np.cumsum([0, *[shape.ranks for shape in shapes]])
-    if name != "sglang" or len(set(shapes)) > 1:
-        return [np.arange(starts[-1])]
-    # A server has one copy of the experts, or one TP group of a dense model, of every stage.
-    size = shapes[0].ep_group if problem.model.moe is not None else shapes[0].tp
-    return [
-        np.concatenate([start + first + np.arange(size) for start in starts[:-1]])
-        for first in range(0, shapes[0].ranks, size)
-    ]
+    rule = HOST_RULES[problem.requirements.launcher or "ranks"]
+    return servers(rule.framework, shapes, moe=problem.model.moe is not None) if rule.blocked else []
 
 
 def wants_equal_hosts(problem: Problem) -> bool:
     """Whether the launcher gives every host of a run as many ranks."""
-    return CONTIGUITY[problem.requirements.launcher or "ranks"][1]
+    return HOST_RULES[problem.requirements.launcher or "ranks"].equal
 
 
-def hosts_admitted(problem: Problem, stages: int, hosts: int) -> bool:
-    """Whether so many hosts can hold so many stages: where every host holds as many, one number divides the other."""
-    return not wants_equal_hosts(problem) or hosts % stages == 0 or stages % hosts == 0
+def hosts_admitted(problem: Problem, shapes: Sequence[Shape], hosts: int) -> bool:
+    """Whether a server of these stages over so many hosts of equal shares is one the launcher can start."""
+    framework = HOST_RULES[problem.requirements.launcher or "ranks"].framework
+    return numbering.hosts_admitted(framework, shapes, hosts, moe=problem.model.moe is not None)

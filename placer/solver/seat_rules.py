@@ -105,7 +105,7 @@ def launcher(problem: Problem, shapes: Sequence[Shape], gpus: Sequence[Ints]) ->
             return False
         if wants_equal_hosts(problem) and (counts != counts[0]).any():
             return False
-        if not hosts_admitted(problem, len(shapes), len(counts)):
+        if not hosts_admitted(problem, shapes, len(counts)):
             return False
     return True
 

@@ -528,7 +528,7 @@ class _SeatModel:
         pairs = [
             (hosts, ranks // hosts)
             for hosts in range(1, min(ranks, len(counts)) + 1)
-            if ranks % hosts == 0 and hosts_admitted(self.problem, len(self.shapes), hosts)
+            if ranks % hosts == 0 and hosts_admitted(self.problem, self.shapes, hosts)
         ]
         total = self.model.new_int_var(1, len(counts), "")
         self.model.add(sum(used) == total)

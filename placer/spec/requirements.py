@@ -1,7 +1,7 @@
 """Named conditions a placement must meet. One field, one kind: its constraint is in `solver/`, its check in `verify`.
 
-`CONTIGUITY` says what a launcher asks of the order of ranks; `SINGLE` and `BY_ENTRY` tell which kinds are one condition
-and which are one condition for each entry, so that an explanation can name the entry.
+`SINGLE` and `BY_ENTRY` tell which kinds are one condition and which are one condition for each entry, so that an
+explanation can name the entry.
 """
 
 from __future__ import annotations
@@ -57,7 +57,25 @@ def _parse_ratio(value: object) -> object:
 Seat = Annotated[str, AfterValidator(_check_seat)]
 Number = Annotated[int, BeforeValidator(_parse_number)]
 Place = Annotated[Whole, Field(ge=0, le=MOST)]
-LauncherName = Literal["ranks", "torchrun", "sglang"]
+LauncherName = Literal[
+    "ranks",
+    "env",
+    "torchrun",
+    "slurm",
+    "openmpi",
+    "mpich",
+    "intelmpi",
+    "deepspeed",
+    "megatron",
+    "vllm",
+    "vllm-ray",
+    "sglang",
+    "trtllm",
+    "ray",
+    "jax",
+    "kubernetes",
+    "nccl",
+]
 
 
 #: Ranks and experts that one file may name: each pinned rank is a mask over all GPUs.
@@ -192,12 +210,6 @@ class Requirements(Stated):
         return self
 
 
-#: What a launcher asks of the order of ranks: each host one unbroken run of ranks; every host as many.
-CONTIGUITY: dict[str, tuple[bool, bool]] = {
-    "ranks": (False, False),
-    "torchrun": (True, False),
-    "sglang": (True, True),
-}
 #: Kinds that are one condition for each entry.
 BY_ENTRY = (
     "max_memory",

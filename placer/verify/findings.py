@@ -46,6 +46,7 @@ class Sound:
     experts: dict[int, list[list[int]]]
     shapes: tuple[Shape, ...]
     gpus: NDArray[np.int64]
+    router_groups: int | None = None
 
     @cached_property
     def stages(self) -> list[tuple[StageRecord, Shape, NDArray[np.int64]]]:

@@ -36,7 +36,8 @@ def check_form(decisions: Decisions, problem: Problem) -> tuple[list[Finding], S
         return [*findings, *wanted], None
     numbers = [problem.cluster.number[record.host, record.gpu] for record in decisions.ranks]
     gpus = np.array(numbers, dtype=np.int64)
-    return wanted, Sound(decisions.strategy, decisions.ranks, decisions.experts, shapes, gpus)
+    groups = None if problem.model.moe is None else problem.model.moe.groups
+    return wanted, Sound(decisions.strategy, decisions.ranks, decisions.experts, shapes, gpus, groups)
 
 
 def _shapes(strategy: StrategyRecord) -> Iterator[Shape | Finding]:

@@ -8,8 +8,10 @@ from pydantic import ValidationError
 
 from placer.errors import ExportError, InputError
 from placer.launchers import registry
-from placer.launchers.base import EmittedFile, Options, check_placement, host_file, plain, quote
+from placer.launchers.base import Options
 from placer.launchers.registry import LAUNCHERS, emit, launcher_named, list_launchers, write_files
+from placer.launchers.scripts import EmittedFile, host_file, plain, quote
+from placer.launchers.soundness import check_placement
 from placer.placement import Placement, RankRecord
 from placer.strategy import Shape
 from tests.launchers.by_hand import make, make_data
