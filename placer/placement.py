@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from placer.errors import ExportError, InputError
 from placer.problem import Problem
 from placer.spec.base import Stated
-from placer.spec.names import Device, Host, Name
+from placer.spec.names import Device, Digest, Host, Label, Name, Prose, StrategyName, Version
 from placer.spec.reading import Document, read_document, validate
 from placer.strategy import Shape, Strategy
 
@@ -86,7 +86,7 @@ class StageRecord(Stated):
 class StrategyRecord(Stated):
     """The strategy as the file tells it."""
 
-    name: str
+    name: StrategyName
     stages: list[StageRecord] = Field(min_length=1)
 
 
@@ -109,7 +109,7 @@ class LatencyRecord(Stated):
     """Modelled time of one step of a scenario, and its terms, which sum to it."""
 
     total_s: Number
-    terms: dict[str, Number]
+    terms: dict[Name, Number]
 
 
 class MemoryRecord(Stated):
@@ -118,16 +118,16 @@ class MemoryRecord(Stated):
     rank: Count
     bytes: Count
     limit_bytes: Count
-    parts: dict[str, Count]
+    parts: dict[Name, Count]
 
 
 class PartRecord(Stated):
     """One part of the certificate: what was bounded, how, and by how much."""
 
-    name: str
+    name: StrategyName
     bound_s: Number | None = None
     objective_s: Number | None = None
-    note: str = ""
+    note: Prose = ""
 
 
 class Certificate(Stated):
@@ -147,22 +147,22 @@ class Placement(Stated):
 
     format: Literal["placer placement"] = "placer placement"
     version: Literal[1] = 1
-    placer: str
+    placer: Version
     problem: Name
     model: Name
     cluster: Name
     seed: Annotated[int, Field(strict=True)]
-    digests: dict[str, str]
+    digests: dict[Label, Digest]
     strategy: StrategyRecord
     ranks: list[RankRecord] = Field(min_length=1)
     experts: dict[int, list[list[Annotated[int, Field(strict=True)]]]]
     router_groups: Degree | None = Field(
         None, description="groups of experts the router chooses among first, 1 where it has none"
     )
-    latency: dict[str, LatencyRecord]
+    latency: dict[Name, LatencyRecord]
     memory: list[MemoryRecord]
     certificate: Certificate
-    notes: list[str] = Field(default_factory=list)
+    notes: list[Prose] = Field(default_factory=list)
 
     @field_validator("experts", mode="before")
     @classmethod

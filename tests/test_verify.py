@@ -270,9 +270,8 @@ FILE_MUTATIONS = [
     pytest.param(put("memory", 0, "bytes", value=plus(1)), "memory.bytes", id="memory-bytes"),
     pytest.param(put("memory", 0, "parts", "kv_cache", value=plus(-1)), "memory.parts", id="memory-part"),
     pytest.param(drop("memory", 0, "parts", "kv_cache"), "memory.parts", id="memory-part-missing"),
-    pytest.param(
-        add("memory", 0, "parts", key="x\x1b[31m", value=0), "memory.parts", id="memory-part-too-many"
-    ),
+    pytest.param(add("memory", 0, "parts", key="x\x1b[31m", value=0), REFUSED, id="memory-part-hostile"),
+    pytest.param(add("memory", 0, "parts", key="x", value=0), "memory.parts", id="memory-part-too-many"),
     pytest.param(put("memory", 15, "limit_bytes", value=plus(1)), "memory.stated_limit", id="memory-limit"),
     pytest.param(drop("memory", 4), "memory.ranks", id="memory-record-missing"),
     pytest.param(put("memory", value=[]), "memory.ranks", id="no-memory-records"),
@@ -331,10 +330,12 @@ FILE_MUTATIONS = [
     pytest.param(put("digests", "cluster", value=lambda old: old[::-1]), "input.digest", id="digest-changed"),
     pytest.param(drop("digests", "model"), "input.digest", id="digest-missing"),
     pytest.param(drop("digests", "expert_loads of prefill"), "input.digest", id="digest-of-loads-missing"),
-    pytest.param(add("digests", key="weather", value="0"), "input.digest", id="digest-extra"),
+    pytest.param(add("digests", key="weather", value="0" * 64), "input.digest", id="digest-extra"),
     pytest.param(put("problem", value="other"), "input.name", id="problem-name"),
     pytest.param(put("model", value="other"), "input.name", id="model-name"),
     pytest.param(put("cluster", value="other"), "input.name", id="cluster-name"),
+    pytest.param(put("router_groups", value=2), "input.router_groups", id="router-groups"),
+    pytest.param(put("router_groups", value=None), "input.router_groups", id="router-groups-unknown"),
     pytest.param(put("version", value=True), REFUSED, id="version-is-true"),
     pytest.param(put("seed", value=True), REFUSED, id="seed-is-true"),
     pytest.param(add(key="extra", value=1), REFUSED, id="unknown-key"),
@@ -536,12 +537,16 @@ def test_a_finding_reads_as_a_sentence_with_its_code(small_solved: Solved, tmp_p
     """A finding says where, what was found, what was expected; names out of the file cannot reach the terminal raw."""
     assert str(Finding("gpu.uuid", "rank 3", "is wrong")) == "rank 3: is wrong [gpu.uuid]"
     data = data_of(small_solved.placement)
-    data["memory"][0]["parts"]["x\x1b[31m"] = 0
-    data["digests"]["y\x1b[31m"] = "0"
+    data["memory"][0]["parts"]["x"] = 0
+    data["digests"]["y"] = "0" * 64
     path = tmp_path / "placement.json"
     path.write_text(json.dumps(data))
-    found = check_placement(load_placement(path), small_solved.problem)
-    assert len(found) == 2
+    placement = load_placement(path)
+    # As a file could not have it, but an object can.
+    placement.memory[0].parts["x\x1b[31m"] = 0
+    placement.digests["y\x1b[31m"] = "0"
+    found = check_placement(placement, small_solved.problem)
+    assert len(found) == 3
     assert all("\x1b" not in str(finding) for finding in found)
 
 

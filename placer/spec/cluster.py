@@ -19,7 +19,7 @@ from placer.errors import nearest
 from placer.spec.base import Stated
 from placer.spec.dtypes import Dtype
 from placer.spec.gpu_types import GPU_CATALOGUE
-from placer.spec.names import MAX_HOSTS, Device, Host, HostList, Name, expand_hosts
+from placer.spec.names import MAX_HOSTS, Device, Host, HostList, Name, Prose, expand_hosts
 from placer.spec.reading import Document, validate
 from placer.spec.units import Bandwidth, Bytes, Flops, Seconds, Whole
 
@@ -35,7 +35,7 @@ class GpuTypeSpec(Stated):
     memory: Bytes | None = Field(None, description="device memory")
     memory_bandwidth: Bandwidth | None = Field(None, description="peak memory bandwidth")
     peak: dict[Dtype, Flops] = Field(default_factory=dict, description="peak dense FLOP/s by number format")
-    constants: dict[str, dict[str, Any]] = Field(
+    constants: dict[Name, dict[Name, Any]] = Field(
         default_factory=dict, description="measured constants of the latency model, see docs/latency-model.md"
     )
 
@@ -203,7 +203,7 @@ class ClusterFile(Stated):
 
     kind: Literal["cluster"] = "cluster"
     name: Name
-    source: str | None = Field(None, max_length=2000, description="where the figures come from, for people")
+    source: Prose | None = Field(None, description="where the figures come from, for people")
     gpu_types: dict[Name, GpuTypeSpec] = Field(default_factory=dict)
     hosts: list[HostSpec] = Field(min_length=1)
     levels: list[LevelSpec] = Field(min_length=1, max_length=8)

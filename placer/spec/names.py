@@ -13,8 +13,13 @@ MAX_HOSTS = 20_000
 
 _LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9])?"
 _HOST = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+/()-]{0,99}")
+MAX_NAME = 100
+_NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9 ._+/()-]{{0,{MAX_NAME - 1}}}")
 _RANGE = re.compile(r"[A-Za-z0-9._,\[\]-]+")
+_STAGES = re.compile(r"PP[0-9]{1,4}\[[A-Z0-9_|]{1,200000}\]")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+MAX_PROSE = 2000
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:-]{0,63}")
 
 
@@ -43,6 +48,46 @@ def check_device(name: str) -> str:
             f"found {name[:60]!r}, expected a device name of letters, digits, `_`, `.`, `:` and `-`"
         )
     return name
+
+
+def check_strategy_name(name: str) -> str:
+    """Return `name` when it is a plain name, or the name of a strategy whose stages differ; raise ValueError otherwise."""
+    return name if _STAGES.fullmatch(name) else check_name(name)
+
+
+def check_version(name: str) -> str:
+    """Return `name` when it is a version of placer; raise ValueError otherwise."""
+    if not _VERSION.fullmatch(name):
+        raise ValueError(f"found {name[:60]!r}, expected a version such as `0.1.0`")
+    return name
+
+
+def check_digest(name: str) -> str:
+    """Return `name` when it is a SHA-256 in hexadecimal digits; raise ValueError otherwise."""
+    if not _DIGEST.fullmatch(name):
+        raise ValueError(f"found {name[:60]!r}, expected a SHA-256 of 64 digits 0-9 and a-f")
+    return name
+
+
+def check_label(name: str) -> str:
+    """Return `name` when it is a plain name, or one with a few words before it; raise ValueError otherwise."""
+    if len(name) > 2 * MAX_NAME or not all(_NAME.fullmatch(part) for part in name.split(" of ", 1)):
+        raise ValueError(f"found {name[:60]!r}, expected a name of letters, digits, spaces and `._+/()-`")
+    return name
+
+
+def check_prose(text: str) -> str:
+    """Return a text for people when it is one printable paragraph without shell expansions; raise ValueError otherwise.
+
+    Prose is shown and kept, and goes into no emitted file.
+    """
+    if len(text) > MAX_PROSE:
+        raise ValueError(f"found {len(text):,} characters, expected {MAX_PROSE:,} at most")
+    if not text.isprintable():
+        raise ValueError(f"found {text[:60]!r}, expected text without line breaks and control signs")
+    if "$(" in text or "${" in text:
+        raise ValueError(f"found {text[:60]!r}, expected text without `$(` and `${{`")
+    return text
 
 
 def expand_hosts(text: str) -> list[str]:
@@ -102,5 +147,10 @@ def _check_host_list(text: str) -> str:
 
 Name = Annotated[str, AfterValidator(check_name)]
 Host = Annotated[str, AfterValidator(check_host)]
+StrategyName = Annotated[str, AfterValidator(check_strategy_name)]
+Version = Annotated[str, AfterValidator(check_version)]
+Digest = Annotated[str, AfterValidator(check_digest)]
+Label = Annotated[str, AfterValidator(check_label)]
+Prose = Annotated[str, AfterValidator(check_prose)]
 HostList = Annotated[str, AfterValidator(_check_host_list)]
 Device = Annotated[str, AfterValidator(check_device)]

@@ -47,7 +47,7 @@ def parse_quantity(value: object, units: Mapping[str, float], what: str, example
         )
     match = _QUANTITY.fullmatch(value) if len(value) < 100 else None
     if match is None:
-        raise ValueError(f"found {value[:100]!r}, expected {what} such as `{example}`")
+        raise ValueError(f"found {value[:60]!r}, expected {what} such as `{example}`")
     number, unit = float(match.group(1)), match.group(2)
     if unit is None:
         raise ValueError(

@@ -26,6 +26,13 @@ def check_digests(placement: Placement, problem: Problem) -> Iterator[Finding]:
             continue
         if getattr(placement, key) != name:
             yield Finding("input.name", key, f"states {getattr(placement, key)!r}, but the input is {name!r}")
+    groups = None if problem.model.moe is None else problem.model.moe.groups
+    if placement.router_groups != groups:
+        yield Finding(
+            "input.router_groups",
+            "router_groups",
+            f"states {placement.router_groups}, but the model has {groups}",
+        )
     expected = problem.digests | {"cost model": model_digest()}
     for key in sorted(set(placement.digests) | set(expected)):
         if placement.digests.get(key) != expected.get(key):
