@@ -19,7 +19,7 @@ from placer.errors import nearest
 from placer.spec.base import Stated
 from placer.spec.dtypes import Dtype
 from placer.spec.gpu_types import GPU_CATALOGUE
-from placer.spec.names import MAX_HOSTS, Device, Host, HostList, Name, Prose, expand_hosts
+from placer.spec.names import MAX_HOSTS, Device, Host, HostList, Name, Prose, check_prose, expand_hosts
 from placer.spec.reading import Document, validate
 from placer.spec.units import Bandwidth, Bytes, Flops, Seconds, Whole
 
@@ -38,6 +38,14 @@ class GpuTypeSpec(Stated):
     constants: dict[Name, dict[Name, Any]] = Field(
         default_factory=dict, description="measured constants of the latency model, see docs/latency-model.md"
     )
+
+    @field_validator("constants")
+    @classmethod
+    def _plain_texts(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for item in (item for row in value.values() for item in row.values()):
+            if isinstance(item, str):
+                check_prose(item)
+        return value
 
 
 class HostSpec(Stated):
