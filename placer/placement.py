@@ -156,6 +156,9 @@ class Placement(Stated):
     strategy: StrategyRecord
     ranks: list[RankRecord] = Field(min_length=1)
     experts: dict[int, list[list[Annotated[int, Field(strict=True)]]]]
+    decisions: Digest | None = Field(
+        None, description="SHA-256 of strategy, ranks and experts, to tell a file that was edited since"
+    )
     router_groups: Degree | None = Field(
         None, description="groups of experts the router chooses among first, 1 where it has none"
     )
@@ -181,6 +184,15 @@ class Placement(Stated):
         """Return the SHA-256 of the decisions alone: stages, ranks, experts."""
         decisions = self.model_dump(mode="json", include={"strategy", "ranks", "experts"})
         return hashlib.sha256(json.dumps(decisions, sort_keys=True).encode()).hexdigest()
+
+    def sealed(self) -> Placement:
+        """Return the same placement with the digest of its decisions stated in it."""
+        return self.model_copy(update={"decisions": self.digest()})
+
+    @property
+    def edited(self) -> bool:
+        """Whether its decisions are not those whose digest it states."""
+        return self.decisions is not None and self.decisions != self.digest()
 
 
 def rank_records(problem: Problem, plan: Plan) -> list[RankRecord]:

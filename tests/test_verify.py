@@ -334,6 +334,7 @@ FILE_MUTATIONS = [
     pytest.param(put("problem", value="other"), "input.name", id="problem-name"),
     pytest.param(put("model", value="other"), "input.name", id="model-name"),
     pytest.param(put("cluster", value="other"), "input.name", id="cluster-name"),
+    pytest.param(put("decisions", value="0" * 63), REFUSED, id="decisions"),
     pytest.param(put("router_groups", value=2), "input.router_groups", id="router-groups"),
     pytest.param(put("router_groups", value=None), "input.router_groups", id="router-groups-unknown"),
     pytest.param(put("version", value=True), REFUSED, id="version-is-true"),
@@ -487,7 +488,10 @@ def test_gpus_exchanged_with_their_uuids_are_another_true_placement(
     for name in ("gpu", "uuid"):
         first[name], second[name] = second[name], first[name]
     assert codes_of(data, small_solved.problem, tmp_path) == set()
-    assert load_placement(tmp_path / "placement.json").digest() != small_solved.placement.digest()
+    changed = load_placement(tmp_path / "placement.json")
+    assert changed.digest() != small_solved.placement.digest()
+    assert changed.edited
+    assert not small_solved.placement.edited
 
 
 @pytest.mark.parametrize(
@@ -597,7 +601,7 @@ def edit(data: Data, draw: Callable[[Any], Any]) -> None:
 
 def checked(placement: Placement) -> Data:
     """Return what of a placement must be true, slots and EP ranks in an order of their own."""
-    data = placement.model_dump(mode="json", exclude={"placer", "seed", "notes"})
+    data = placement.model_dump(mode="json", exclude={"placer", "seed", "notes", "decisions"})
     for name in ("candidates", "cut_short", "parts", "status"):
         del data["certificate"][name]
     data["experts"] = {

@@ -31,6 +31,12 @@ def check_placement(placement: Placement) -> None:
         raise InputError(f"the placement cannot be used: {error}") from None
     if not _VERSION.fullmatch(placement.placer):
         raise InputError(f"found {placement.placer[:60]!r}, expected a version such as `0.1.0`", key="placer")
+    if placement.edited:
+        raise InputError(
+            "the ranks, experts or stages were changed after the file was written; where `placer verify` finds nothing "
+            "wrong with them, remove this line",
+            key="decisions",
+        )
     _check_ranks(placement)
     _check_layers(placement)
 

@@ -168,7 +168,7 @@ def make_placement(problem: Problem, result: Result, seed: int) -> Placement:
             parts=parts,
         ),
         notes=_notes(problem),
-    )
+    ).sealed()
 
 
 def _memory_records(problem: Problem, plan: Plan) -> list[MemoryRecord]:
