@@ -22,7 +22,7 @@ from pydantic import Field, field_validator
 from placer.errors import ExportError, InputError
 from placer.problem import Problem
 from placer.spec.base import Stated
-from placer.spec.names import Device, Digest, Host, Label, Name, Prose, StrategyName, Version
+from placer.spec.names import Cpus, Device, Digest, Host, Label, Name, Prose, StrategyName, Version
 from placer.spec.reading import Document, read_document, validate
 from placer.strategy import Shape, Strategy
 
@@ -91,12 +91,15 @@ class StrategyRecord(Stated):
 
 
 class RankRecord(Stated):
-    """One rank: where it is, and its coordinates in both views of its stage."""
+    """One rank: where it is, what is near its GPU, and its coordinates in both views of its stage."""
 
     rank: Count
     host: Host
     gpu: Count
     uuid: Device | None = None
+    cpus: Cpus | None = None
+    numa: Count | None = None
+    nic: Device | None = None
     stage: Count
     dp: Count
     tp: Count
@@ -208,6 +211,9 @@ def rank_records(problem: Problem, plan: Plan) -> list[RankRecord]:
                     host=cluster.hosts[cluster.host_of[gpu]],
                     gpu=int(cluster.index[gpu]),
                     uuid=cluster.uuid[gpu],
+                    cpus=cluster.cpus[gpu],
+                    numa=cluster.numa[gpu],
+                    nic=cluster.nic[gpu],
                     stage=number,
                     **{name: int(values[local]) for name, values in coordinates.items()},
                 )

@@ -143,7 +143,7 @@ def test_hostile_string_in_a_cluster(at: Path_, key: bool) -> None:
 def placement_data(quickstart_solved: Solved) -> dict[str, Any]:
     """A placement of the solver, as its file has it, with a UUID and all kinds of text."""
     data: dict[str, Any] = json.loads(dump_json(quickstart_solved.placement.model_dump(mode="json")))
-    data["ranks"][0]["uuid"] = "GPU-1"
+    data["ranks"][0] |= {"uuid": "GPU-1", "cpus": "0-3", "nic": "mlx5_0"}
     data["certificate"]["parts"][0]["note"] = "told"
     return data
 

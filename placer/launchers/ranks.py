@@ -59,14 +59,14 @@ class RankRow:
 
 
 def rank_rows(job: Job, options: Options) -> list[RankRow]:
-    """Return every rank in order, with the CPUs, NUMA node and NIC the cluster of the options names for its GPU.
+    """Return every rank in order, with the CPUs, NUMA node and NIC of its GPU: as the options' cluster has them, if there is one.
 
     Raises ExportError when that cluster has not the GPU, or names CPUs or a NIC in a form no tool takes.
     """
     rows: list[RankRow] = []
     seen: Counter[str] = Counter()
     for record in job.ranks:
-        cpus = numa = nic = None
+        cpus, numa, nic = record.cpus, record.numa, record.nic
         if options.cluster is not None:
             gpu = options.cluster.number.get((record.host, record.gpu))
             if gpu is None:
@@ -172,11 +172,13 @@ def wrapper_files(
     *,
     suffix: str = "",
     host_variable: str | None = None,
+    listed: bool = False,
 ) -> dict[str, EmittedFile]:
     """Return `ranks.tsv` and `bind.sh`, for this launcher and for those that start every rank through the wrapper.
 
     `suffix` goes into both names, for the table and wrapper of one server of several: `ranks-0.tsv`, `bind-0.sh`.
     `host_variable` is the environment variable that names the host, where processes have a host name of their own.
+    `listed`: what starts the wrapper lists the GPUs of the host in CUDA_VISIBLE_DEVICES; another list is refused.
     """
     rows = rank_rows(job, options)
     table = EmittedFile(dump_ranks(job, rows))
@@ -193,6 +195,7 @@ def wrapper_files(
         exact=short_names_clash(job.hosts),
         visibility=visibility,
         host_variable=host_variable,
+        listed=listed,
         command=options.command,
         master_addr=options.master(job),
         master_port=options.master_port,

@@ -19,7 +19,17 @@ from placer.errors import nearest
 from placer.spec.base import Stated
 from placer.spec.dtypes import Dtype
 from placer.spec.gpu_types import GPU_CATALOGUE
-from placer.spec.names import MAX_HOSTS, Device, Host, HostList, Name, Prose, check_prose, expand_hosts
+from placer.spec.names import (
+    MAX_HOSTS,
+    Device,
+    Host,
+    HostList,
+    Name,
+    Prose,
+    check_cpus,
+    check_prose,
+    expand_hosts,
+)
 from placer.spec.reading import Document, validate
 from placer.spec.units import Bandwidth, Bytes, Flops, Seconds, Whole
 
@@ -93,16 +103,8 @@ class HostSpec(Stated):
     @classmethod
     def _cpu_lists(cls, value: list[str] | None) -> list[str] | None:
         for item in value or []:
-            if item and (len(item) > 200 or set(item) - set("0123456789,-")):
-                raise ValueError(f"found {item[:60]!r}, expected a CPU list such as `0-47,96-143`")
-            for part in item.split(",") if item else []:
-                first, dash, last = part.partition("-")
-                if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-                    raise ValueError(
-                        f"found {part[:60]!r} in a CPU list, expected a number or a range such as `0-47`"
-                    )
-                if int(last or first) > 65_535:
-                    raise ValueError(f"found CPU {(last or first)[:20]}, expected at most 65535")
+            if item:
+                check_cpus(item)
         return value
 
     @property

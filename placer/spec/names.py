@@ -76,6 +76,19 @@ def check_label(name: str) -> str:
     return name
 
 
+def check_cpus(text: str) -> str:
+    """Return `text` when it is a list of CPUs such as `0-47,96-143`; raise ValueError otherwise."""
+    if not text or len(text) > 200 or set(text) - set("0123456789,-"):
+        raise ValueError(f"found {text[:60]!r}, expected a CPU list such as `0-47,96-143`")
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise ValueError(f"found {part[:60]!r} in a CPU list, expected a number or a range such as `0-47`")
+        if int(last or first) > 65_535:
+            raise ValueError(f"found CPU {(last or first)[:20]}, expected at most 65535")
+    return text
+
+
 def check_prose(text: str) -> str:
     """Return a text for people when it is one printable paragraph without shell expansions; raise ValueError otherwise.
 
@@ -151,6 +164,7 @@ StrategyName = Annotated[str, AfterValidator(check_strategy_name)]
 Version = Annotated[str, AfterValidator(check_version)]
 Digest = Annotated[str, AfterValidator(check_digest)]
 Label = Annotated[str, AfterValidator(check_label)]
+Cpus = Annotated[str, AfterValidator(check_cpus)]
 Prose = Annotated[str, AfterValidator(check_prose)]
 HostList = Annotated[str, AfterValidator(_check_host_list)]
 Device = Annotated[str, AfterValidator(check_device)]

@@ -34,6 +34,11 @@ def _usable(sound: Sound, problem: Problem) -> Iterator[Finding]:
         if record.uuid != cluster.uuid[gpu]:
             message = f"states the UUID {record.uuid}, but {cluster.label(gpu)} is {cluster.uuid[gpu]}"
             yield Finding("gpu.uuid", f"rank {record.rank}", message)
+        near = {"cpus": cluster.cpus[gpu], "numa": cluster.numa[gpu], "nic": cluster.nic[gpu]}
+        for name, known in near.items():
+            if getattr(record, name) != known:
+                message = f"states {name} {getattr(record, name)}, but {cluster.label(gpu)} has {known}"
+                yield Finding("gpu.near", f"rank {record.rank}", message)
 
 
 def _reachable(sound: Sound, problem: Problem) -> Iterator[Finding]:
