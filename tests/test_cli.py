@@ -370,8 +370,9 @@ def test_emit_takes_the_command_and_the_cluster(placer: Any, solved: Path, place
     cluster = ("--cluster", ROOT / "instances" / "clusters" / "two-h100-hosts.yaml")
     done = placer("emit", solved / "placement.json", "--to", "torchrun", "-o", "d", *words, *cluster)
     assert (done.code, done.err) == (0, "")
-    script = (place / done.out.split()[0]).read_text()
-    assert "'two words'" in script
+    script = next(path for path in map(place.joinpath, done.out.split()) if path.name.startswith("torchrun-"))
+    script, wrapper = script.read_text(), (place / "d" / "bind.sh").read_text()
+    assert "'two words'" in wrapper
     assert "10.0.0.1" in script
     assert "1234" in script
 
@@ -456,15 +457,20 @@ def test_show_refuses_what_it_does_not_know(placer: Any, place: Path, name: str,
 
 
 def test_nothing_in_a_placement_reaches_the_terminal_as_a_command(placer: Any, place: Path) -> None:
-    data = make_data([("node1", 0)]) | {"notes": ["[red]a[/red]\x1b[2Jb"], "format": "placer placement"}
+    data = make_data([("node1", 0)]) | {"notes": ["[red]a[/red]"], "format": "placer placement"}
     data["version"] = 1
-    data["strategy"]["name"] = "[link=http://x]\x07"
     (place / "p.json").write_text(json.dumps(data))
     shown = placer("show", "p.json")
     assert shown.code == 0
-    assert "[red]a[/red]\\x1b[2Jb" in shown.out
-    assert "[link=http://x]\\x07" in shown.out
-    assert not set(shown.out) & {"\x1b", "\x07"}
+    assert "[red]a[/red]" in shown.out
+    for key, text in (
+        ("notes", ["a\x1b[2Jb"]),
+        ("strategy", data["strategy"] | {"name": "[link=http://x]\x07"}),
+    ):
+        (place / "p.json").write_text(json.dumps(data | {key: text}))
+        shown = placer("show", "p.json")
+        assert shown.code == 2
+        assert not set(shown.out + shown.err) & {"\x1b", "\x07"}
 
 
 # the whole

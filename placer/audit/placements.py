@@ -21,6 +21,7 @@ from placer.audit.stated_problem import StatedProblem, problem_of
 from placer.cost.constants import model_digest
 from placer.cost.latency import CostModel, ScenarioLatency
 from placer.errors import InputError
+from placer.launchers.numbering import FrameworkName
 from placer.problem import Problem
 from placer.report.audit_placement import Balance, Comparison, Fill, Flaw, PlacementAudit
 from placer.report.tables import count
@@ -38,7 +39,8 @@ _STOPS = (
 @dataclass(frozen=True)
 class AuditWishes:
     """How to audit: what the files are where their content is not to tell (`kinds`), a layout string, the problem,
-    virtual stages (`vpp`) and GPUs of local ranks; and whether and how long to solve for something better.
+    virtual stages (`vpp`), GPUs of local ranks, whose rank numbers they are and the tasks of a Slurm step's hosts; and
+    whether and how long to solve for something better.
     """
 
     problem: StatedProblem
@@ -46,6 +48,8 @@ class AuditWishes:
     layout: str | None = None
     vpp: int | None = None
     local_gpus: str = "all"
+    framework: FrameworkName | None = None
+    tasks: str | None = None
     solve: bool = True
     time_limit: float = 20.0
     workers: int = 2
@@ -62,7 +66,7 @@ def audit_files(files: Sequence[str | Path], wishes: AuditWishes) -> PlacementAu
         raise InputError(f"found {wishes.vpp}, expected 1 to 1000", key="--vpp")
     if not files and wishes.layout is None:
         raise InputError("there is no file to audit, and no --layout")
-    given = read_files(files, wishes.kinds, wishes.layout)
+    given = read_files(files, wishes.kinds, wishes.layout, framework=wishes.framework, tasks=wishes.tasks)
     problem, assumed = problem_of(wishes.problem)
     from_file = wishes.problem.problem is not None
     found = stated_plan(given, problem, from_file=from_file, vpp=wishes.vpp, local_gpus=wishes.local_gpus)

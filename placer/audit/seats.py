@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from placer.errors import InputError, nearest
 from placer.importers.rank_maps import RankLine, RankMap
+from placer.importers.scontrol import SlurmNodes
 from placer.problem import Problem
 from placer.report.audit_placement import Flaw
 from placer.report.tables import count
@@ -31,15 +32,19 @@ class Seated:
     assumptions: tuple[str, ...] = ()
 
 
-def seat_ranks(ranks: RankMap, cluster: Cluster, local_gpus: str = "all") -> Seated:
+def seat_ranks(
+    ranks: RankMap, cluster: Cluster, local_gpus: str = "all", job: SlurmNodes | None = None
+) -> Seated:
     """Return the GPU of every rank of a map.
 
     Where the map names hosts alone, the k-th rank of a host is on the k-th of the host's GPUs that `local_gpus` means:
-    `all` or `usable` ones in the order of their indices, or indices in an order of one's own such as `3,1,0,2`.
-    Raises InputError for another word.
+    `all` or `usable` ones in the order of their indices, those that `job` has there in that order, or indices in an
+    order of one's own such as `3,1,0,2`. Raises InputError for another word.
     """
-    order = _Order(cluster, local_gpus)
     names = _HostNames(cluster)
+    order = _Order(
+        cluster, local_gpus, _gpus_of_job(job, names) if local_gpus.strip().lower() == "job" else None
+    )
     flaws = [Flaw("wrong", "ranks.numbers", ranks.file, fault) for fault in ranks.faults]
     gpus = np.full(len(ranks.rows), NO_GPU, dtype=np.int64)
     local: Counter[str] = Counter()
@@ -71,6 +76,16 @@ def seat_ranks(ranks: RankMap, cluster: Cluster, local_gpus: str = "all") -> Sea
             assumptions.append("the slots of a rank file are CPUs and say nothing of GPUs")
         assumptions.append(f"rank k of a host, counted from 0, is on {order.meaning} (--local-gpus)")
     return Seated(gpus, tuple(flaws), tuple(assumptions))
+
+
+def _gpus_of_job(job: SlurmNodes | None, names: _HostNames) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the GPUs of a job by the cluster's name of the host; raise InputError where they are not told."""
+    if job is None or not job.gpus:
+        raise InputError(
+            "is `job`, but no file says which GPUs the job has: give what `scontrol show job -d` prints while it runs",
+            key="--local-gpus",
+        )
+    return {names.find(host) or host: numbers for host, numbers in job.gpus.items()}
 
 
 def first_gpus(problem: Problem, ranks: int) -> Seated:
@@ -152,10 +167,12 @@ class _HostNames:
 class _Order:
     """Which GPU of a host its k-th rank is on."""
 
-    def __init__(self, cluster: Cluster, wanted: str) -> None:
-        self.cluster, self.wanted = cluster, wanted.strip().lower()
+    def __init__(
+        self, cluster: Cluster, wanted: str, of_job: Mapping[str, Sequence[int]] | None = None
+    ) -> None:
+        self.cluster, self.wanted, self.of_job = cluster, wanted.strip().lower(), of_job
         self.listed: list[int] | None = None
-        if self.wanted not in ("all", "usable"):
+        if self.wanted not in ("all", "usable", "job"):
             self.listed = _indices(wanted)
         self.of_host: dict[str, list[int]] = {}
         by_host = np.argsort(cluster.host_of, kind="stable")
@@ -169,6 +186,8 @@ class _Order:
         """What is assumed, in words."""
         if self.listed is not None:
             return f"the GPU at place k of the list {','.join(map(str, self.listed))}"
+        if self.of_job is not None:
+            return "GPU k of those that the job has there, in the order of Slurm's numbers, taken for the cluster's"
         usable = " usable" if self.wanted == "usable" else ""
         return f"GPU k of the host's{usable} GPUs in the order of their indices"
 
@@ -181,6 +200,8 @@ class _Order:
 
     def _gpus(self, host: str) -> list[int]:
         cluster, members = self.cluster, self.members[host]
+        if self.of_job is not None:
+            return [cluster.number.get((host, index), NO_GPU) for index in self.of_job.get(host, ())]
         if self.listed is not None:
             return [cluster.number.get((host, index), NO_GPU) for index in self.listed]
         if self.wanted == "usable":
@@ -200,8 +221,14 @@ class _Order:
             if self.listed is not None and NO_GPU in own[:ranks]:
                 index = self.listed[own.index(NO_GPU)]
                 yield Flaw("wrong", "gpu.exists", host, f"has no GPU {index}, which --local-gpus names")
+            elif self.of_job is not None and NO_GPU in own[:ranks]:
+                index = self.of_job[host][own.index(NO_GPU)]
+                yield Flaw(
+                    "wrong", "gpu.exists", host, f"has no GPU {index} in the cluster, which the job has there"
+                )
             elif len(own) < ranks:
-                message = f"has {count(ranks, 'rank')}, but --local-gpus names {count(len(own), 'GPU')}"
+                by = "the job has" if self.of_job is not None else "--local-gpus names"
+                message = f"has {count(ranks, 'rank')}, but {by} {count(len(own), 'GPU')}"
                 yield Flaw("wrong", "host.tasks", host, message)
 
 
@@ -209,7 +236,8 @@ def _indices(text: str) -> list[int]:
     parts = text.split(",")
     if len(text) > 1000 or not all(part.strip().isascii() and part.strip().isdigit() for part in parts):
         raise InputError(
-            f"found {text[:40]!r}, expected `all`, `usable` or indices such as `3,1,0,2`", key="--local-gpus"
+            f"found {text[:40]!r}, expected `all`, `usable`, `job` or indices such as `3,1,0,2`",
+            key="--local-gpus",
         )
     indices = [int(part) for part in parts]
     if len(set(indices)) != len(indices):

@@ -15,6 +15,7 @@ from placer.expert_maps.base import NO_SLOT, ExpertMap
 from placer.expert_maps.registry import read_expert_map
 from placer.expert_maps.source import open_document
 from placer.importers.megatron_layout import PipelineLayout
+from placer.launchers.numbering import servers
 from placer.launchers.ranks import RankRow
 from placer.placement import Placement, Plan, RankRecord, StagePlan
 from placer.problem import Problem
@@ -76,7 +77,7 @@ def stated_plan(
     """
     found = StatedPlan(problem, from_file)
     if given.ranks is not None:
-        found.seat(seat_ranks(given.ranks, problem.cluster, local_gpus))
+        found.seat(seat_ranks(given.ranks, problem.cluster, local_gpus, given.job))
         found.notes += given.ranks.notes
     found.shapes = _shapes(given, found, vpp)
     if found.shapes is None:
@@ -84,14 +85,18 @@ def stated_plan(
     total = sum(shape.ranks for shape in found.shapes)
     if given.ranks is None:
         found.seat(first_gpus(problem, total))
+    order = _own_numbers(given, found, total)
     if given.records:
-        _check_coordinates(given.records, found, found.shapes)
+        _check_coordinates(given.records, found, found.shapes, order)
     if total != len(found.gpus):
         if not any(flaw.code == "ranks.count" for flaw in found.flaws):
             found.wrong(
                 "ranks.count", "ranks", f"are {len(found.gpus):,}, but {found.strategy} has {total:,}"
             )
         return found
+    if order is not None and len(order) == total:
+        # What the framework calls rank r is rank order[r] of the placement.
+        found.gpus = found.gpus[np.argsort(order)]
     bounds = _layers(given, found, found.shapes, vpp)
     experts = _experts(given, found, found.shapes, bounds)
     if experts is not None and not (found.gpus == NO_GPU).any():
@@ -135,7 +140,8 @@ def _shapes(given: LaunchFiles, found: StatedPlan, vpp: int | None) -> tuple[Sha
             )
         if given.records:
             return _shapes_of_records(given.records)
-        found.assumptions.append(NUMBERING)
+        if given.framework is None:
+            found.assumptions.append(NUMBERING)
         if request.stages is not None:
             return tuple(stage.shape() for stage in request.stages)
         return _shapes_of_degrees(given, found, request, vpp)
@@ -203,10 +209,26 @@ def _stages_of_layout(layout: PipelineLayout | None, vpp: int | None) -> int:
     return 1 if layout is None else max(1, len(layout.stages) // (vpp or 1))
 
 
+def _own_numbers(given: LaunchFiles, found: StatedPlan, total: int) -> NDArray[np.int64] | None:
+    """Return (ranks,) the placement's number of each rank that a framework numbers; None where they have it already."""
+    if given.framework is None or found.shapes is None or total != len(found.gpus):
+        return None
+    found.notes.append(
+        f"ranks have the numbers that {given.framework} gives them in the file, and the placement's own in all that follows"
+    )
+    return np.concatenate(servers(given.framework, found.shapes, moe=found.problem.model.moe is not None))
+
+
 def _check_coordinates(
-    records: Sequence[RankRow | RankRecord], found: StatedPlan, shapes: tuple[Shape, ...]
+    records: Sequence[RankRow | RankRecord],
+    found: StatedPlan,
+    shapes: tuple[Shape, ...],
+    order: NDArray[np.int64] | None,
 ) -> None:
-    """Note the first rank whose coordinates are not those that its number stands for."""
+    """Note the first rank whose coordinates are not those that its number stands for.
+
+    `order` is (ranks,) the placement's own number of each, where a framework numbered them.
+    """
     misnumbered = any(flaw.code == "ranks.numbers" for flaw in found.flaws)
     if misnumbered or sum(shape.ranks for shape in shapes) != len(records):
         return
@@ -215,12 +237,13 @@ def _check_coordinates(
     for number, shape in enumerate(shapes):
         columns = {"stage": np.full(shape.ranks, number)} | shape.coordinates()
         expected.append(np.stack([columns[name] for name in names], axis=1))
+    every = np.concatenate(expected) if order is None else np.concatenate(expected)[order]
     ordered = sorted(records, key=lambda record: record.rank)
     stated = np.array([[getattr(record, name) for name in names] for record in ordered])
-    differing = np.flatnonzero((stated != np.concatenate(expected)).any(axis=1))
+    differing = np.flatnonzero((stated != every).any(axis=1))
     if len(differing):
         rank = int(differing[0])
-        wanted = np.concatenate(expected)[rank]
+        wanted = every[rank]
         column = int(np.flatnonzero(stated[rank] != wanted)[0])
         more = f" ({len(differing)} ranks alike)" if len(differing) > 1 else ""
         found.wrong(

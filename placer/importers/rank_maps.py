@@ -1,6 +1,7 @@
-"""Which rank runs on which host, from the files that launchers read: a Slurm host file, an Open MPI rank file.
+"""Which rank runs on which host, from the files that launchers read: a Slurm host file, an Open MPI rank file, and a machine
+file of MPICH or Intel MPI.
 
-Both name hosts and no GPU. What is read here is checked for its syntax alone; whether a cluster has the hosts is for
+All name hosts and no GPU. What is read here is checked for its syntax alone; whether a cluster has the hosts is for
 the caller. Host names pass `check_host`, so that nothing from a file reaches a message or a script unchecked.
 """
 
@@ -22,6 +23,7 @@ MAX_TEXT_BYTES = 64 * 2**20
 #: More ranks than any cluster has GPUs.
 MAX_RANKS = 2**20
 
+_MACHINE = re.compile(r"([^\s:]+):([0-9]+)")
 _SLURM_ITEM = re.compile(r"([^*]+)(?:\*([0-9]+))?")
 _RANK_LINE = re.compile(r"rank\s*([0-9]+)\s*=\s*(\S+?)(?:\s+(slots?)\s*=\s*(\S+))?", re.IGNORECASE)
 _SLOT = re.compile(r"[p0-9*][p0-9*:,;-]*")
@@ -43,7 +45,7 @@ class RankLine:
 class RankMap:
     """The ranks of a file in order. `faults` says what makes it no map of the ranks 0 to n - 1, a sentence each."""
 
-    kind: Literal["placement", "ranks", "slurm", "openmpi"]
+    kind: Literal["placement", "ranks", "slurm", "openmpi", "machines"]
     file: str
     rows: tuple[RankLine, ...]
     faults: tuple[str, ...] = ()
@@ -56,15 +58,21 @@ def looks_like_openmpi(text: str) -> bool:
     return re.match(r"rank(\s+[0-9]|[0-9]+\s*=)", first, re.IGNORECASE) is not None
 
 
-def read_rank_map(path: str | Path, kind: Literal["slurm", "openmpi"] | None = None) -> RankMap:
-    """Return the map in a file, whose content tells which of the two it is unless `kind` does.
+def looks_like_machines(text: str) -> bool:
+    """Whether the first line that says something is `host:count`."""
+    return _MACHINE.fullmatch(next(_lines(text, ("#",)), (0, ""))[1]) is not None
+
+
+def read_rank_map(path: str | Path, kind: Literal["slurm", "openmpi", "machines"] | None = None) -> RankMap:
+    """Return the map in a file, whose content tells which of them it is unless `kind` does.
 
     Raises InputError, with the line, for what the launcher itself would not read, and for relative hosts.
     """
     text = read_text(path, MAX_TEXT_BYTES)
     if kind is None:
-        kind = "openmpi" if looks_like_openmpi(text) else "slurm"
-    return parse_slurm(text, str(path)) if kind == "slurm" else parse_openmpi(text, str(path))
+        kind = "openmpi" if looks_like_openmpi(text) else "machines" if looks_like_machines(text) else "slurm"
+    read = {"slurm": parse_slurm, "openmpi": parse_openmpi, "machines": parse_machines}[kind]
+    return read(text, str(path))
 
 
 def parse_slurm(text: str, file: str) -> RankMap:
@@ -104,6 +112,29 @@ def _slurm_item(item: str, file: str, line: int) -> tuple[str, int]:
             f"repeats a host {times[:20]} times, expected 1 to {MAX_RANKS:,}", file=file, line=line
         )
     return _host(match.group(1), file, line), int(times or 1)
+
+
+def parse_machines(text: str, file: str) -> RankMap:
+    """Return the map in a machine file of MPICH or Intel MPI: `host:3` is of the next 3 ranks, a host alone of one.
+
+    Hosts may come again. `#` begins a comment.
+    """
+    rows: list[RankLine] = []
+    for line, content in _lines(text, ("#",)):
+        match = _MACHINE.fullmatch(content if ":" in content else f"{content}:1")
+        if match is None:
+            raise InputError(f"found {content[:60]!r}, expected `node01:4`", file=file, line=line)
+        times = match.group(2)
+        # By length first, as in `_slurm_item`.
+        if not (len(times) < 10 and 1 <= int(times) <= MAX_RANKS - len(rows)):
+            raise InputError(
+                f"names {times[:20]} ranks, expected 1 to {MAX_RANKS:,} over all hosts", file=file, line=line
+            )
+        host = _host(match.group(1), file, line)
+        rows.extend(RankLine(rank, host, line) for rank in range(len(rows), len(rows) + int(times)))
+    if not rows:
+        raise InputError("names no host, expected lines such as `node01:4`", file=file)
+    return RankMap("machines", file, tuple(rows))
 
 
 def parse_openmpi(text: str, file: str) -> RankMap:

@@ -123,16 +123,17 @@ class Megatron(Contiguous):
 
 
 class DeepSpeed(Contiguous):
-    """DeepSpeed: expert groups over data parallel ranks; the TP ranks of an expert are those of attention."""
+    """DeepSpeed: experts split as attention is, in groups over data parallel ranks, or whole over all ranks of a stage.
+
+    `deepspeed.moe.layer.MoE` has them split with `enable_expert_tensor_parallelism`, whole without it.
+    """
 
     name, title = "deepspeed", "DeepSpeed"
 
     def moe_degrees(self, shape: Shape) -> str | None:
-        """Return why not: an expert is split as attention is."""
-        if shape.etp != shape.tp:
-            return (
-                f"etp is {shape.etp} and tp {shape.tp}, and DeepSpeed splits experts as it splits attention"
-            )
+        """Return why not: an expert is split as attention is, or whole."""
+        if shape.etp not in (1, shape.tp):
+            return f"etp is {shape.etp} and tp {shape.tp}, and DeepSpeed has whole experts or splits them as attention"
         return None
 
 
@@ -162,7 +163,11 @@ class Sglang(Mapped):
 
 
 class TensorrtLlm(Mapped):
-    """TensorRT-LLM: attention over all ranks of a server's stage, or attention DP with TP 1."""
+    """TensorRT-LLM: attention over all ranks of a server's stage, or attention DP with TP 1.
+
+    With attention DP it reads a map (`WideEPMoE`). Else, and where the map says no more, experts 0 to k - 1 are on the first
+    rank and so on, and another order is a reordered checkpoint.
+    """
 
     name, title = "trtllm", "TensorRT-LLM"
     form, file = LoadBalancer(), "moe_load_balancer.yaml"
@@ -178,6 +183,32 @@ class TensorrtLlm(Mapped):
                 "with attention DP"
             )
         return None
+
+    def cannot_experts(self, placed: Placed) -> str | None:
+        """Return why not: with attention DP as for any map, else one copy of each expert, as many on every rank."""
+        if _on_ranks_in_order(placed):
+            return None
+        if self.reads_map(placed):
+            return super().cannot_experts(placed)
+        try:
+            _order(placed)
+        except ExportError as error:
+            return f"{self.title} without attention DP places experts contiguously, and {error}"
+        return None
+
+    def expert_files(self, job: Job) -> dict[str, EmittedFile]:
+        """Return the map where it is read, the permutation where there is none, and nothing for experts in order."""
+        if not job.experts or _on_ranks_in_order(job):
+            return {}
+        if self.reads_map(job):
+            return super().expert_files(job)
+        return _rendered(Permutation(job.router_groups or 1), job, PERMUTATION_FILE)
+
+    @staticmethod
+    def reads_map(placed: Placed) -> bool:
+        """Whether the servers have attention DP: TP 1, over several ranks."""
+        stage = placed.strategy.stages[0]
+        return stage.tp == 1 and stage.ep * stage.etp > 1
 
 
 FRAMEWORKS: dict[FrameworkName, Framework] = {
@@ -203,6 +234,10 @@ def _order(placed: Placed) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
     slots, experts = slots_and_experts(placed)
     if slots != experts:
         raise ExportError(f"{slots} slots hold {experts} experts, some of them twice")
+    for layer, rows in sorted(placed.experts.items()):
+        missing = set(range(experts)).difference(*rows)
+        if missing:
+            raise ExportError(f"layer {layer} has no copy of expert {min(missing)}")
     if placed.router_groups is None and _in_order(placed):
         return permutation_of(expert_map(placed))
     if placed.router_groups is None:
@@ -210,6 +245,14 @@ def _order(placed: Placed) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
             "the placement file does not say how many groups the router has: solve again with this version"
         )
     return permutation_of(expert_map(placed), placed.router_groups)
+
+
+def _on_ranks_in_order(placed: Placed) -> bool:
+    """Whether every rank has the experts it has under contiguous placement, in whatever order of its slots."""
+    return all(
+        np.array_equal(np.sort(rows, axis=1).ravel(), np.arange(np.size(rows)))
+        for rows in placed.experts.values()
+    )
 
 
 def _in_order(placed: Placed) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from placer.errors import ExportError, InputError
 from placer.launchers.base import Launcher, Options, Visibility
 from placer.launchers.job import Job, short_names_clash
-from placer.launchers.numbering import FRAMEWORK_NAMES
+from placer.launchers.numbering import FRAMEWORK_NAMES, FrameworkName
 from placer.launchers.scripts import EmittedFile, check_file_name, plain, render_template
 from placer.spec.names import check_device, check_host
 
@@ -112,10 +112,23 @@ def rank_rows(job: Job, options: Options) -> list[RankRow]:
     return rows
 
 
+def file_head(job: Job) -> str:
+    """Return the first line of a data file: the version, the digest, and whose rank numbers they are."""
+    numbered = f" ranks of {job.framework}" if job.framework is not None else ""
+    return f"# placer {plain(job.version)} placement {plain(job.digest)}{numbered}"
+
+
+def read_head(text: str) -> tuple[str, FrameworkName | None] | None:
+    """Return the digest and the framework that the first line of a data file states; None where it is no such line."""
+    header = _HEADER.fullmatch(text.split("\n", 1)[0])
+    if header is None:
+        return None
+    return header.group(2), next((name for name in FRAMEWORK_NAMES if name == header.group(3)), None)
+
+
 def dump_ranks(job: Job, rows: list[RankRow]) -> str:
     """Return the text of `ranks.tsv`: a comment with the digest, the column names, a line for each rank."""
-    numbered = f" ranks of {job.framework}" if job.framework is not None else ""
-    lines = [f"# placer {plain(job.version)} placement {job.digest}{numbered}", "\t".join(COLUMNS)]
+    lines = [file_head(job), "\t".join(COLUMNS)]
     for row in rows:
         values = (getattr(row, column) for column in COLUMNS)
         lines.append("\t".join(NOTHING if value is None else plain(value) for value in values))

@@ -10,15 +10,48 @@ from pathlib import Path
 
 from placer.errors import ExportError, InputError, nearest
 from placer.launchers.base import Launcher, Options
+from placer.launchers.deepspeed import DeepSpeed
+from placer.launchers.env import Env
+from placer.launchers.intelmpi import IntelMpi
+from placer.launchers.jax import Jax
+from placer.launchers.kubernetes import Kubernetes
+from placer.launchers.megatron import Megatron
+from placer.launchers.mpich import Mpich
+from placer.launchers.nccl import Nccl
 from placer.launchers.numbering import FrameworkName
+from placer.launchers.openmpi import OpenMpi
 from placer.launchers.ranks import Ranks
+from placer.launchers.ray import Ray
 from placer.launchers.scripts import EmittedFile, check_file_name
 from placer.launchers.sglang import Sglang
+from placer.launchers.slurm import Slurm
 from placer.launchers.soundness import check_placement
 from placer.launchers.torchrun import Torchrun
+from placer.launchers.trtllm import Trtllm
+from placer.launchers.vllm import Vllm
 from placer.placement import Placement, write_text
 
-LAUNCHERS: dict[str, Launcher] = {launcher.name: launcher for launcher in (Ranks(), Torchrun(), Sglang())}
+LAUNCHERS: dict[str, Launcher] = {
+    launcher.name: launcher
+    for launcher in (
+        Ranks(),
+        Env(),
+        Torchrun(),
+        Slurm(),
+        OpenMpi(),
+        Mpich(),
+        IntelMpi(),
+        DeepSpeed(),
+        Megatron(),
+        Vllm(),
+        Sglang(),
+        Trtllm(),
+        Ray(),
+        Jax(),
+        Kubernetes(),
+        Nccl(),
+    )
+}
 
 
 @dataclass(frozen=True)

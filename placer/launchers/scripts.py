@@ -77,12 +77,17 @@ def host_scripts(
     environment: Mapping[str, str] | None = None,
     beside: Mapping[str, EmittedFile] | None = None,
     needs_arguments: bool = False,
+    after: Sequence[str] = (),
+    refused: Mapping[str, Sequence[str]] | None = None,
+    cleared: Sequence[str] = (),
 ) -> dict[str, EmittedFile]:
     """Return `NAME-HOST.sh` for every host of `ranks`, all of the job unless told, in the order of their first.
 
     Each checks its host, shows the command that host's GPUs in rank order, and becomes what `command` returns for the
     host's number and ranks, with the arguments given to the script. `beside` are emitted files the command reads: the
-    script refuses to run when one is missing or not the one made with it. `notes` are lines under the usage.
+    script refuses to run when one is missing or not the one made with it. `notes` are lines under the usage. `after` are
+    words behind the arguments given to the script. `refused` are arguments it does not take, by the reason. `cleared` are
+    environment variables the command is not to have.
     """
     hosts = job.hosts if ranks is None else by_host(ranks)
     exact = short_names_clash(job.hosts)
@@ -111,6 +116,9 @@ def host_scripts(
             ],
             beside=sums,
             needs_arguments=needs_arguments,
+            after=after,
+            refused=refused or {},
+            cleared=cleared,
         )
         scripts[file] = EmittedFile(text, executable=True)
     return scripts

@@ -5,51 +5,57 @@ out of it, `tp-size / dp-size` ranks each with TP fastest, and the experts have 
 fastest too; so a rank here has the number it has in the placement. Host number r holds the r-th run of ranks, which
 works out only when hosts hold equal shares and stages and hosts divide one another.
 
-A server has the set of experts once. Where a placement has it in several EDP copies and each holds whole TP groups, no
-layer talks between the copies: each is a server of its own, behind a router. So is each TP group of a dense model.
-Copy k of one stage and copy k of every other make replica k.
+Read in and run with the parsers of SGLang 0.5.23. It says `--attn-dp-size N` for what older versions know as `--dp-size N
+--enable-dp-attention`, and takes both; the older words are emitted, as all versions take them. How copies of an expert are
+chosen among is left to it: with a map and an all-to-all backend it takes the nearest (`static`), and without a backend it
+ends when told to, since all ranks must then choose alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from placer.errors import ExportError
 from placer.launchers.base import Launcher, Options
 from placer.launchers.frameworks import FRAMEWORKS, slots_and_experts
-from placer.launchers.job import HostRanks, Job, by_host
-from placer.launchers.numbering import server_size
+from placer.launchers.job import HostRanks, Job
 from placer.launchers.scripts import Beside, EmittedFile, host_scripts
-from placer.placement import RankRecord
+from placer.launchers.servers import (
+    EVERY_ADDRESS,
+    Replica,
+    check_words,
+    layers_of_stages,
+    replicas,
+    stage_ranks,
+)
 
 EXPERT_FILE = "expert_location.json"
 
 # SGLang's own default. Every host of a server listens on it, so that replicas which share a host need several.
 HTTP_PORT = 30000
 
-
-@dataclass(frozen=True)
-class Replica:
-    """One server: its ranks as SGLang numbers them, stage after stage, and the ports it listens on.
-
-    `port` is for HTTP. From `meeting_port` on, its first host has some ports for the processes to find one another.
-    """
-
-    number: int
-    ranks: tuple[RankRecord, ...]
-    port: int
-    meeting_port: int
-
-    @property
-    def hosts(self) -> list[HostRanks]:
-        """The hosts of the replica, in the order of their first rank, with its ranks there."""
-        return by_host(self.ranks)
-
-    @property
-    def head(self) -> str:
-        """The host of its first rank."""
-        return self.ranks[0].host
+#: Arguments that would move ranks or experts away from where the placement has them.
+REFUSED = {
+    "the placement says which rank is on which GPU": (
+        "--nnodes",
+        "--node-rank",
+        "--tp",
+        "--tp-size",
+        "--tensor-parallel-size",
+        "--pp-size",
+        "--pp",
+        "--pipeline-parallel-size",
+        "--ep",
+        "--ep-size",
+        "--expert-parallel-size",
+        "--dp",
+        "--dp-size",
+        "--data-parallel-size",
+        "--attn-dp-size",
+        "--base-gpu-id",
+        "--gpu-id-step",
+    ),
+    "the placement says where each expert is": ("--init-expert-location", "--ep-num-redundant-experts"),
+}
 
 
 class Sglang(Launcher):
@@ -64,127 +70,94 @@ class Sglang(Launcher):
         """Return the scripts of every host and, for a MoE model, `expert_location.json`.
 
         A script is `sglang-HOST.sh`, or `sglang-replicaK-HOST.sh` where there is more than one replica. Raises
-        ExportError when the ports or the address in `options` cannot serve all replicas.
+        ExportError when the ports, the address or the command in `options` cannot be.
         """
         self.visibility(options)
+        check_words(options, REFUSED)
         files = FRAMEWORKS["sglang"].expert_files(job)
-        all_replicas = replicas(job, options.master_port)
-        if len(all_replicas) > 1:
-            _check_address(all_replicas, options)
-            _check_ports(all_replicas, _ports_each(job))
         scripts: dict[str, EmittedFile] = {}
-        for replica in all_replicas:
-            scripts |= _scripts(job, options, replica, len(all_replicas), files)
+        for replica in replicas(job, "sglang", options, http_port=HTTP_PORT, ports_each=_ports_each(job)):
+            scripts |= _scripts(job, options, replica, files)
         return files | scripts
 
 
 def _scripts(
-    job: Job, options: Options, replica: Replica, count: int, beside: Mapping[str, EmittedFile]
+    job: Job, options: Options, replica: Replica, beside: Mapping[str, EmittedFile]
 ) -> dict[str, EmittedFile]:
     hosts = len(replica.hosts)
-    stages = job.strategy.stages
-    stage = stages[0]
-    size = _replica_size(job)
-    meeting = options.endpoint(replica.head, replica.meeting_port)
-    common: list[str | Beside] = [
-        f"--dist-init-addr={meeting}",
-        f"--tp-size={size}",
-        f"--pp-size={len(stages)}",
-        f"--ep-size={stage.ep}",
-    ]
-    if size > stage.tp:
-        common += [f"--dp-size={size // stage.tp}", "--enable-dp-attention"]
-    if job.experts:
-        slots, experts = slots_and_experts(job)
-        common += [
-            "--init-expert-location",
-            Beside(EXPERT_FILE),
-            f"--ep-num-redundant-experts={slots - experts}",
-            "--ep-dispatch-algorithm=static",
-        ]
+    common = [*_degrees(job), *_experts(job), f"--host={EVERY_ADDRESS}"]
     notes: list[str] = []
-    if count > 1:
+    if replica.count > 1:
         common.append(f"--port={replica.port}")
         notes = [
-            f"Replica {replica.number} of {count}: a server of its own, for a router to send requests to.",
+            f"Replica {replica.number} of {replica.count}: a server of its own, with ranks from 0, for a router to send "
+            "requests to.",
             f"It serves at port {replica.port} of {replica.head}, {HTTP_PORT} + replica, and meets from port "
             f"{replica.meeting_port} on.",
         ]
     environment = {}
-    if len(stages) > 1:
-        counts = (last - first for first, last in (each.layers for each in stages))
-        environment["SGLANG_PP_LAYER_PARTITION"] = ",".join(str(count) for count in counts)
+    if len(job.strategy.stages) > 1:
+        environment["SGLANG_PP_LAYER_PARTITION"] = ",".join(map(str, layers_of_stages(job)))
 
-    def command(number: int, _: HostRanks) -> list[str | Beside]:
-        server = ["python3", "-m", "sglang.launch_server", f"--nnodes={hosts}", f"--node-rank={number}"]
-        return [*server, *common, *options.command]
+    def command(number: int, host: HostRanks) -> list[str | Beside]:
+        return [
+            *("python3", "-m", "sglang.launch_server", f"--nnodes={hosts}", f"--node-rank={number}"),
+            f"--dist-init-addr={options.endpoint(replica.head, replica.meeting_port)}",
+            *common,
+            *_numa(replica, options, host),
+            *options.command,
+        ]
 
     return host_scripts(
         job,
-        f"{Sglang.name}-replica{replica.number}" if count > 1 else Sglang.name,
+        replica.name(Sglang.name),
         command,
         usage="[ARGUMENT...]" if options.command else "--model-path MODEL [ARGUMENT...]",
-        ranks=replica.ranks,
+        ranks=replica.job.ranks,
         notes=notes,
         environment=environment,
         beside=beside,
         needs_arguments=not options.command,
+        refused=REFUSED,
     )
 
 
-def replicas(job: Job, first_port: int) -> list[Replica]:
-    """Return the servers of a job with like stages: one for each EDP copy, or for each dense TP group.
+def _degrees(job: Job) -> list[str | Beside]:
+    stage, size = job.strategy.stages[0], stage_ranks(job)
+    words: list[str | Beside] = [
+        f"--tp-size={size}",
+        f"--pp-size={len(job.strategy.stages)}",
+        f"--ep-size={stage.ep}",
+    ]
+    if size > stage.tp:
+        words += [f"--dp-size={size // stage.tp}", "--enable-dp-attention"]
+        dense_layers = len(job.experts) < sum(layers_of_stages(job))
+        if stage.tp == 1 and dense_layers:
+            # Without it the dense layers are split over all ranks, in parts too small for blocks of FP8.
+            words.append("--moe-dense-tp-size=1")
+    return words
 
-    Replicas that begin on one host meet there at ports of their own, from `first_port` on.
-    """
-    apart = _ports_each(job)
-    begun: dict[str, int] = {}
-    found: list[Replica] = []
-    for number, server in enumerate(job.servers("sglang")):
-        head = server.ranks[0].host
-        before = begun.setdefault(head, 0)
-        begun[head] += 1
-        found.append(Replica(number, server.ranks, HTTP_PORT + number, first_port + apart * before))
-    return found
+
+def _experts(job: Job) -> list[str | Beside]:
+    if not job.experts:
+        return []
+    slots, experts = slots_and_experts(job)
+    return [
+        *("--init-expert-location", Beside(EXPERT_FILE)),
+        f"--ep-num-redundant-experts={slots - experts}",
+    ]
 
 
-def _replica_size(job: Job) -> int:
-    """Return how many ranks of a stage one server has."""
-    return server_size(job.shapes[0], moe=bool(job.experts))
+def _numa(replica: Replica, options: Options, host: HostRanks) -> list[str]:
+    """SGLang takes entry i for the i-th of CUDA_VISIBLE_DEVICES (`numa_utils.get_numa_node_if_available`)."""
+    rows = replica.numa(options, host)
+    return ["--numa-node", *(str(row.numa) for row in rows)] if rows else []
 
 
 def _ports_each(job: Job) -> int:
     """Return how many ports a server may use from its meeting port on.
 
-    With DP attention SGLang listens on the next 6 and on the 13th; some versions add one for each DP rank after those 6.
+    With DP attention SGLang listens on the next 6 and on the 13th; its Rust server adds one for each DP rank after those 6.
     """
-    groups = _replica_size(job) // job.strategy.stages[0].tp
+    groups = stage_ranks(job) // job.strategy.stages[0].tp
     return 10 * (groups // 10 + 2)
-
-
-def _check_address(all_replicas: Sequence[Replica], options: Options) -> None:
-    heads = {replica.head for replica in all_replicas}
-    if options.master_addr is not None and len(heads) > 1:
-        raise ExportError(
-            f"the {len(all_replicas)} SGLang servers of this placement begin on {len(heads)} hosts, so that one master "
-            "address cannot serve them all: leave it out"
-        )
-
-
-def _check_ports(all_replicas: Sequence[Replica], apart: int) -> None:
-    used: dict[tuple[str, int], int] = {}
-    for replica in all_replicas:
-        last = replica.meeting_port + apart - 1
-        if max(last, replica.port) > 65535:
-            raise ExportError(
-                f"replica {replica.number} would use the ports {replica.meeting_port} to {last} and {replica.port}, "
-                "and ports end at 65535"
-            )
-        used |= {(replica.head, port): replica.number for port in range(replica.meeting_port, last + 1)}
-    for replica in all_replicas:
-        for host in replica.hosts:
-            if (host.host, replica.port) in used:
-                raise ExportError(
-                    f"replica {replica.number} listens on port {replica.port} of {host.host}, where replica "
-                    f"{used[host.host, replica.port]} may use it to meet: state another master port"
-                )

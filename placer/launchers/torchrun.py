@@ -3,14 +3,21 @@
 Ranks are those of the hosts before, by `--node-rank`, plus the local rank, which is the place in CUDA_VISIBLE_DEVICES.
 The c10d rendezvous ignores `--node-rank` and numbers hosts by their names, so the backend is always stated. The wrapper
 holds each rank that torchrun started against the table: a script started with another node rank stops there.
+
+Run with torchrun of PyTorch 2.13, over hosts of unequal shares.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 from placer.launchers.base import Launcher, Options
 from placer.launchers.job import HostRanks, Job
 from placer.launchers.ranks import wrapper_files
 from placer.launchers.scripts import Beside, EmittedFile, host_scripts
+
+#: torchrun takes options from variables `PET_...`. These have no word in the command, and would start something else.
+CLEARED = ("PET_RDZV_ENDPOINT", "PET_STANDALONE", "PET_VIRTUAL_LOCAL_RANK", "PET_MODULE", "PET_RUN_PATH")
 
 
 class Torchrun(Launcher):
@@ -22,14 +29,24 @@ class Torchrun(Launcher):
 
     def render(self, job: Job, options: Options) -> dict[str, EmittedFile]:
         """Return `torchrun-HOST.sh` for every host, `ranks.tsv` and `bind.sh`."""
-        wrapper = wrapper_files(job, options, self.visibility(options))
-        return wrapper | torchrun_scripts(job, options, wrapper, self.name)
+        wrapper = wrapper_files(job, options, self.visibility(options), listed=True)
+        return wrapper | torchrun_scripts(job, options, self.name, beside=wrapper)
 
 
 def torchrun_scripts(
-    job: Job, options: Options, wrapper: dict[str, EmittedFile], name: str
+    job: Job,
+    options: Options,
+    name: str,
+    *,
+    beside: Mapping[str, EmittedFile],
+    notes: Sequence[str] = (),
+    after: Sequence[str] = (),
+    refused: Mapping[str, Sequence[str]] | None = None,
 ) -> dict[str, EmittedFile]:
-    """Return `NAME-HOST.sh` for every host: torchrun, which starts the wrapper for every rank there."""
+    """Return `NAME-HOST.sh` for every host: torchrun, which starts the wrapper for every rank there.
+
+    `beside` has the wrapper and its table. The rest is as for `host_scripts`.
+    """
     hosts = len(job.hosts)
     master = options.master(job)
 
@@ -51,6 +68,10 @@ def torchrun_scripts(
         name,
         command,
         usage="[ARGUMENT...]" if options.command else "PROGRAM [ARGUMENT...]",
-        beside=wrapper,
+        notes=notes,
+        beside=beside,
         needs_arguments=not options.command,
+        after=after,
+        refused=refused,
+        cleared=CLEARED,
     )

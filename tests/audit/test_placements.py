@@ -23,6 +23,7 @@ from placer.errors import InputError
 from placer.expert_maps.base import ExpertMap
 from placer.expert_maps.registry import FORMATS, render_expert_map
 from placer.launchers.base import Options
+from placer.launchers.job import job_of
 from placer.launchers.ranks import dump_ranks, rank_rows
 from placer.placement import Placement, plan_of, save_placement
 from placer.problem import load_problem
@@ -103,7 +104,8 @@ def total(found: PlacementAudit, scenario: str = "decode") -> float:
 
 def table_of(placement: Placement) -> str:
     """Return `ranks.tsv` as `placer emit --to ranks` writes it."""
-    return dump_ranks(placement, rank_rows(placement, Options()))
+    job = job_of(placement)
+    return dump_ranks(job, rank_rows(job, Options()))
 
 
 def host_file(hosts: list[str]) -> str:
@@ -296,8 +298,7 @@ def test_seats_are_checked_where_there_is_no_plan(tmp_path: Path) -> None:
 
 def change(placement: Placement, at: int, /, **values: Any) -> str:
     """Return a rank table with some cells of line `at` changed."""
-    rows = rank_rows(placement, Options())
-    lines = dump_ranks(placement, rows).split("\n")
+    lines = table_of(placement).split("\n")
     cells = lines[2 + at].split("\t")
     names = lines[1].split("\t")
     for name, value in values.items():

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from placer.errors import InputError
 from placer.importers.rank_maps import (
     RankMap,
+    looks_like_machines,
     looks_like_openmpi,
+    parse_machines,
     parse_openmpi,
     parse_slurm,
     read_rank_map,
@@ -152,3 +154,32 @@ def test_content_tells_the_two_apart(tmp_path: Path) -> None:
     assert not looks_like_openmpi("rank7\n")
     with pytest.raises(InputError):
         read_rank_map(path, "openmpi")
+
+
+@given(st.lists(st.tuples(hosts, st.integers(1, 5)), min_size=1, max_size=12))
+def test_a_machine_file_reads_back(runs: list[tuple[str, int]]) -> None:
+    """`host:count` is of the next ranks, hosts come again, a host alone is one rank."""
+    text = "# head\n" + "\n".join(f"{host}:{count}" for host, count in runs) + "\nlast\n"
+    found = parse_machines(text, "machines")
+    assert [row.host for row in found.rows] == [host for host, count in runs for _ in range(count)] + ["last"]
+    assert [row.rank for row in found.rows] == list(range(len(found.rows)))
+    assert looks_like_machines(text)
+    assert not looks_like_machines("node1*3\nnode2")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("node1:0", "names 0 ranks"),
+        ("node1:99999999999999", "expected 1 to"),
+        ("node1:1048576\nnode2", "names 1 ranks"),
+        ("node1:2 ifhn=x", "expected `node01:4`"),
+        ("$(x):2", "expected a host name"),
+        ("# nothing", "names no host"),
+    ],
+)
+def test_what_no_machine_file_says_is_refused(text: str, says: str) -> None:
+    """With the line."""
+    with pytest.raises(InputError) as caught:
+        parse_machines(text, "machines")
+    assert says in str(caught.value)

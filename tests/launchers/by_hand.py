@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from placer.placement import Placement
+from placer.spec.cluster import Cluster, load_cluster
+from placer.spec.reading import Document
 from placer.strategy import Shape
 
 Gpu = tuple[str, int] | tuple[str, int, str | None]
@@ -62,3 +64,26 @@ def make(*args: Any, **kwargs: Any) -> Placement:
 
 def uuid(number: int) -> str:
     return f"GPU-00000000-0000-0000-0000-{number:012d}"
+
+
+def numa_cluster(numa: Mapping[str, list[int]], hosts: Sequence[str] = ("a", "b"), gpus: int = 4) -> Cluster:
+    """Return a cluster of these hosts, with the NUMA node of each GPU where `numa` has the host."""
+    return load_cluster(
+        Document(
+            {
+                "kind": "cluster",
+                "name": "with NUMA nodes",
+                "hosts": [
+                    {"hosts": name, "gpu_type": "h100-80g", "gpus": gpus}
+                    | ({"numa": numa[name]} if name in numa else {})
+                    for name in hosts
+                ],
+                "levels": [
+                    {"name": "nvlink", "hosts": 1, "bandwidth": "450 GB/s", "latency": "3 us"},
+                    {"name": "cluster", "bandwidth": "400 Gb/s", "latency": "13 us"},
+                ],
+            },
+            "cluster.yaml",
+            "0" * 64,
+        )
+    )

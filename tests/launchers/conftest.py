@@ -89,7 +89,7 @@ def shell(tmp_path: Path) -> Callable[..., Ran]:
     """Run a script on a pretended host, with programs that tell what they were given."""
     stubs = tmp_path / "stubs"
     stubs.mkdir()
-    for name in ("torchrun", "python3", "program"):
+    for name in ("torchrun", "python3", "vllm", "program"):
         (stubs / name).write_text(STUB.format(python=sys.executable))
         (stubs / name).chmod(0o755)
     (stubs / "taskset").write_text('#!/usr/bin/env bash\nexport SEEN_CPUS=$2\nshift 2\nexec "$@"\n')

@@ -13,12 +13,15 @@ from placer.launchers.ranks import Ranks, parse_ranks
 from placer.launchers.registry import emit
 from placer.placement import Placement
 from placer.spec.cluster import Cluster
+from placer.strategy import Shape
 from tests.launchers.by_hand import make, uuid
 
 MPI = {"OMPI_COMM_WORLD_RANK": 2, "OMPI_COMM_WORLD_SIZE": 8}
 
 
-def cluster_of(placement: Placement, cpus: list[str | None], nic: list[str | None]) -> Cluster:
+def cluster_of(
+    placement: Placement, cpus: list[str | None], nic: list[str | None], numa: list[int | None] | None = None
+) -> Cluster:
     hosts = tuple(dict.fromkeys(record.host for record in placement.ranks))
     return Cluster(
         name="by hand",
@@ -31,7 +34,7 @@ def cluster_of(placement: Placement, cpus: list[str | None], nic: list[str | Non
         usable=np.ones(len(cpus), dtype=bool),
         memory_taken=np.zeros(len(cpus), dtype=np.int64),
         uuid=(None,) * len(cpus),
-        numa=(None,) * len(cpus),
+        numa=tuple(numa or (None,) * len(cpus)),
         cpus=tuple(cpus),
         nic=tuple(nic),
         levels=(),
@@ -39,18 +42,21 @@ def cluster_of(placement: Placement, cpus: list[str | None], nic: list[str | Non
 
 
 def test_table_reads_back(two_by_four, tmp_path):
+    """The table has every rank with its GPU, and the digest of the placement."""
     table, script = emit(two_by_four, "ranks", tmp_path)
     digest, rows = parse_ranks(table.read_text())
     assert digest == two_by_four.digest()
     assert [(row.rank, row.host, row.gpu, row.uuid) for row in rows] == [
         (record.rank, record.host, record.gpu, record.uuid) for record in two_by_four.ranks
     ]
+    assert [row.local for row in rows] == [0, 1, 2, 3, 0, 1, 2, 3]
     assert table.read_text().splitlines()[0] == f"# placer 0.1.0 placement {digest}"
     assert script.stat().st_mode & 0o111
     assert not table.stat().st_mode & 0o111
 
 
 def test_every_rank_is_bound(two_by_four, tmp_path, shell):
+    """Each rank gets its GPU and the variables of `env://`, and no more than that."""
     emit(two_by_four, "ranks", tmp_path / "out")
     for record in two_by_four.ranks:
         ran = shell(
@@ -67,6 +73,7 @@ def test_every_rank_is_bound(two_by_four, tmp_path, shell):
 
 
 def test_cpus_and_nic_of_the_cluster(two_by_four, tmp_path, shell):
+    """CPUs and NIC are those the cluster names for the GPU, and none where it names none."""
     cpus = [None if rank == 3 else f"{rank}-{rank},{rank + 10}" for rank in range(8)]
     nic = [None if rank == 4 else f"mlx5_{rank}:1" for rank in range(8)]
     options = Options(cluster=cluster_of(two_by_four, cpus, nic), command=("program", "it's", "$HOME"))
@@ -86,6 +93,7 @@ def test_cpus_and_nic_of_the_cluster(two_by_four, tmp_path, shell):
     ("cpus", "nic"), [("0-3;reboot", "mlx5_0"), ("0-3\t", "mlx5_0"), ("0", "mlx5\n0"), ("", "a b")]
 )
 def test_cpus_and_nic_in_no_known_form_are_refused(two_by_four, tmp_path, cpus, nic):
+    """Nothing odd from a cluster file comes into a script."""
     options = Options(cluster=cluster_of(two_by_four, [cpus] * 8, [nic] * 8))
     with pytest.raises(ExportError, match="node02/3"):
         emit(two_by_four, "ranks", tmp_path / "out", options=options)
@@ -93,12 +101,14 @@ def test_cpus_and_nic_in_no_known_form_are_refused(two_by_four, tmp_path, cpus, 
 
 
 def test_cluster_of_other_gpus_is_refused(two_by_four, uneven, tmp_path):
+    """A cluster without a GPU of the placement is the wrong one."""
     options = Options(cluster=cluster_of(uneven, [None] * 4, [None] * 4))
     with pytest.raises(ExportError, match="rank 0 is on GPU node02/3, which the cluster by hand has not"):
         emit(two_by_four, "ranks", tmp_path, options=options)
 
 
 def test_rank_of_the_innermost_launcher(two_by_four, tmp_path, shell):
+    """Of several launchers around it the wrapper believes the innermost."""
     emit(two_by_four, "ranks", tmp_path)
     script = tmp_path / "bind.sh"
     assert shell(script, "program", host="node02", **MPI).env["CUDA_VISIBLE_DEVICES"] == "0"
@@ -112,6 +122,7 @@ def test_rank_of_the_innermost_launcher(two_by_four, tmp_path, shell):
 
 
 def test_wrong_host_is_refused(two_by_four, tmp_path, shell):
+    """A rank on another host than its own is refused and starts nothing."""
     emit(two_by_four, "ranks", tmp_path)
     ran = shell(tmp_path / "bind.sh", "program", host="node01", RANK=3)
     assert (ran.code, ran.out) == (65, "")
@@ -131,16 +142,18 @@ def test_wrong_host_is_refused(two_by_four, tmp_path, shell):
     ],
 )
 def test_names_with_and_without_a_domain(tmp_path, shell, here, there, same):
+    """A name with a domain and the same name without one are one host."""
     emit(make([(there, 0)]), "ranks", tmp_path)
     assert (shell(tmp_path / "bind.sh", "program", host=here, RANK=0).code == 0) is same
-    emit(make([(there, 0)]), "torchrun", tmp_path)
+    emit(make([(there, 0)]), "torchrun", tmp_path, force=True)
     assert (shell(tmp_path / f"torchrun-{there}.sh", "program", host=here).code == 0) is same
 
 
 def test_short_name_that_could_be_two_hosts_is_refused(tmp_path, shell):
+    """Where hosts differ in their domains alone, names must be equal."""
     placement = make([("node01.a", 0), ("node01.b", 0)])
     emit(placement, "ranks", tmp_path)
-    emit(placement, "torchrun", tmp_path)
+    emit(placement, "torchrun", tmp_path, force=True)
     for script, rank in (("bind.sh", 1), ("torchrun-node01.b.sh", 1)):
         codes = [
             shell(tmp_path / script, "program", host=host, RANK=rank).code
@@ -150,6 +163,7 @@ def test_short_name_that_could_be_two_hosts_is_refused(tmp_path, shell):
 
 
 def test_dry_run_prints_and_runs_nothing(two_by_four, tmp_path, shell):
+    """A dry run shows the environment and the command, and tells of a wrong host too."""
     emit(two_by_four, "ranks", tmp_path)
     ran = shell(tmp_path / "bind.sh", "--dry-run", "program", "--dry-run", "a b", host="node01", RANK=4)
     assert ran.code == 0
@@ -173,6 +187,7 @@ def test_dry_run_prints_and_runs_nothing(two_by_four, tmp_path, shell):
     ],
 )
 def test_rank_that_does_not_fit_is_refused(two_by_four, tmp_path, shell, environment, message):
+    """A missing, hostile or foreign rank, or another number of processes, is refused."""
     emit(two_by_four, "ranks", tmp_path)
     ran = shell(tmp_path / "bind.sh", "program", host="node02", **environment)
     assert (ran.code, ran.out) == (64, "")
@@ -180,11 +195,13 @@ def test_rank_that_does_not_fit_is_refused(two_by_four, tmp_path, shell, environ
 
 
 def test_nothing_to_run_is_refused(two_by_four, tmp_path, shell):
+    """Without a program the wrapper says how it is used."""
     emit(two_by_four, "ranks", tmp_path)
     assert shell(tmp_path / "bind.sh", host="node02", RANK=0).code == 64
 
 
 def test_table_of_another_placement_is_refused(two_by_four, interleaved, tmp_path, shell):
+    """The digests of the table and the wrapper must be the same."""
     emit(two_by_four, "ranks", tmp_path / "a")
     emit(interleaved, "ranks", tmp_path / "b")
     (tmp_path / "b/ranks.tsv").replace(tmp_path / "a/ranks.tsv")
@@ -195,6 +212,7 @@ def test_table_of_another_placement_is_refused(two_by_four, interleaved, tmp_pat
 
 
 def test_changed_table_is_refused(two_by_four, tmp_path, shell):
+    """Lines exchanged, changed, lost or added, and a lost table, all stop the wrapper."""
     table, script = emit(two_by_four, "ranks", tmp_path)
     lines = table.read_text().splitlines(keepends=True)
     swapped = [*lines[:2], lines[3], lines[2], *lines[4:]]
@@ -209,6 +227,7 @@ def test_changed_table_is_refused(two_by_four, tmp_path, shell):
 
 
 def test_without_taskset_the_rank_runs_and_says_so(two_by_four, tmp_path, shell):
+    """A missing tool for binding is told, and the rank runs."""
     options = Options(cluster=cluster_of(two_by_four, ["0"] * 8, [None] * 8))
     emit(two_by_four, "ranks", tmp_path / "out", options=options)
     (tmp_path / "stubs/taskset").unlink()
@@ -235,6 +254,7 @@ def test_without_taskset_the_rank_runs_and_says_so(two_by_four, tmp_path, shell)
     ],
 )
 def test_spoilt_table_is_not_read(two_by_four, spoil):
+    """The reader takes nothing but what is written."""
     text = Ranks().files(two_by_four, Options())["ranks.tsv"].text
     with pytest.raises(InputError):
         parse_ranks(spoil(text))
@@ -259,3 +279,72 @@ def test_any_placement_reads_back(data):
     assert [[getattr(row, name) for name in names] for row in rows] == [
         [getattr(record, name) for name in names] for record in placement.ranks
     ]
+
+
+def test_all_gpus_of_the_host_in_rank_order(tmp_path, shell):
+    """With `--visibility host` LOCAL_RANK is the place in the list: UUIDs where every GPU of the host has one."""
+    placement = make(
+        [
+            ("node01", 5, uuid(5)),
+            ("node02", 3, uuid(3)),
+            ("node01", 0, uuid(0)),
+            ("node02", 2),
+            ("node01", 1, uuid(1)),
+        ]
+    )
+    emit(placement, "ranks", tmp_path / "out", options=Options(visibility="host"))
+    listed = {"node01": f"{uuid(5)},{uuid(0)},{uuid(1)}", "node02": "3,2"}
+    for record, local in zip(placement.ranks, (0, 0, 1, 1, 2), strict=True):
+        ran = shell(tmp_path / "out/bind.sh", "program", host=record.host, RANK=record.rank)
+        assert ran.code == 0, ran.err
+        assert ran.env["CUDA_VISIBLE_DEVICES"] == listed[record.host]
+        assert ran.env["LOCAL_RANK"] == str(local)
+        assert ran.env["LOCAL_WORLD_SIZE"] == str(listed[record.host].count(",") + 1)
+        # A launcher of another kind, that numbers the ranks of a host itself, is not asked.
+        ran = shell(tmp_path / "out/bind.sh", "program", host=record.host, PMI_RANK=record.rank, LOCAL_RANK=9)
+        assert ran.env["LOCAL_RANK"] == str(local)
+    ran = shell(tmp_path / "out/bind.sh", "program", host="node01", RANK=2, LOCAL_RANK=0)
+    assert ran.code == 65
+    assert "rank 2 is number 1 on the host node01, but was started as number 0 there" in ran.err
+
+
+def test_numa_node_of_the_cluster(two_by_four, tmp_path, shell):
+    """numactl binds memory to the node and the process to the CPUs, or to those of the node where none are named."""
+    numa = [0, 1, None, 1, 0, 0, 1, 1]
+    cpus = ["0-3", None, "4", None, "0", "1", "2", "3"]
+    options = Options(cluster=cluster_of(two_by_four, cpus, [None] * 8, numa))
+    table, script = emit(two_by_four, "ranks", tmp_path / "out", options=options)
+    assert [row.numa for row in parse_ranks(table.read_text())[1]] == numa
+    (tmp_path / "stubs/numactl").write_text(
+        '#!/usr/bin/env bash\nexport SEEN_NUMA="$1 $2"\nshift 2\nexec "$@"\n'
+    )
+    (tmp_path / "stubs/numactl").chmod(0o755)
+    expected = {0: "--membind=0 --physcpubind=0-3", 1: "--membind=1 --cpunodebind=1", 2: None}
+    for rank, words in expected.items():
+        ran = shell(script, "program", host="node02", RANK=rank)
+        assert ran.code == 0, ran.err
+        assert ran.env.get("SEEN_NUMA") == words
+        assert ran.env.get("SEEN_CPUS") == ("4" if rank == 2 else None)
+
+
+def test_table_names_the_framework(two_by_four, tmp_path, shell):
+    """Ranks that a framework numbers say so in the table and the wrapper; an unknown one is not read."""
+    table, script = emit(two_by_four, "ranks", tmp_path / "out", options=Options(framework="megatron"))
+    text = table.read_text()
+    assert text.splitlines()[0].endswith(" ranks of megatron")
+    assert len(parse_ranks(text)[1]) == 8
+    assert "megatron gives them" in script.read_text()
+    assert shell(script, "program", host="node02", RANK=0).code == 0
+    with pytest.raises(InputError):
+        parse_ranks(text.replace("ranks of megatron", "ranks of nobody"))
+
+
+def test_framework_numbers_the_ranks(tmp_path, shell):
+    """vLLM has DP outside of PP: with TP 1 the second stage of the first DP rank is its rank 1."""
+    stages = [((0, 2), Shape(dp=2, ep=2)), ((2, 4), Shape(dp=2, ep=2))]
+    experts = {layer: [[0, 1], [2, 3]] for layer in range(4)}
+    placement = make([("node01", gpu) for gpu in range(4)], stages, experts)
+    table, script = emit(placement, "ranks", tmp_path / "out", options=Options(framework="vllm"))
+    rows = parse_ranks(table.read_text())[1]
+    assert [(row.gpu, row.stage, row.dp) for row in rows] == [(0, 0, 0), (2, 1, 0), (1, 0, 1), (3, 1, 1)]
+    assert shell(script, "program", host="node01", RANK=1).env["CUDA_VISIBLE_DEVICES"] == "2"

@@ -8,11 +8,12 @@ from hypothesis import strategies as st
 
 from placer.errors import ExportError
 from placer.launchers.base import Options
+from placer.launchers.frameworks import FRAMEWORKS
+from placer.launchers.job import job_of
 from placer.launchers.registry import LAUNCHERS, emit
-from placer.launchers.sglang import Sglang, expert_location
 from placer.placement import Placement
 from placer.strategy import Shape
-from tests.launchers.by_hand import make, make_data
+from tests.launchers.by_hand import make, make_data, numa_cluster
 
 SLOTS = {0: [[0], [1], [2], [3]]}
 FOUR = [("node01", 0), ("node01", 1), ("node02", 0), ("node02", 1)]
@@ -81,7 +82,7 @@ def test_experts_and_flags(moe, tmp_path, shell):
         "--init-expert-location",
         str(tmp_path / "expert_location.json"),
         "--ep-num-redundant-experts=2",
-        "--ep-dispatch-algorithm=static",
+        "--host=0.0.0.0",
         "--model-path",
         "/models/a b",
     ]
@@ -148,7 +149,7 @@ REFUSED = {
         make_data(
             [(f"h{rank // 4}", rank % 4) for rank in range(12)], [((s, s + 1), Shape(tp=6)) for s in (0, 1)]
         ),
-        "3 hosts and 2 stages do not divide",
+        "its 3 hosts and its stages do not divide one another",
     ),
     "etp": (make_data(FOUR, [((0, 1), Shape(tp=4, ep=2, etp=2))], {0: [[0], [1]]}), "etp is 2"),
     "edp in a TP group": (
@@ -162,7 +163,7 @@ REFUSED = {
             [((0, 1), Shape(dp=8, ep=4))],
             SLOTS,
         ),
-        "in replica 1, host b holds the ranks 4, 6, and each host must hold one unbroken run",
+        "in server 1, host b holds the ranks 0, 2, and each host must hold one unbroken run",
     ),
     "unequal hosts in a replica": (
         make_data(
@@ -170,7 +171,7 @@ REFUSED = {
             [((0, 1), Shape(tp=2, dp=4, ep=4))],
             SLOTS,
         ),
-        "in replica 1, host c holds 1 ranks and host b 3",
+        "in server 1, host c holds 1 ranks and host b 3",
     ),
     "missing expert": (
         make_data(FOUR, [((0, 1), Shape(tp=4, ep=4))], {0: [[0], [1], [3], [3]]}),
@@ -262,17 +263,53 @@ def test_replicas_over_hosts(tmp_path, shell):
         "--init-expert-location",
         str(tmp_path / "expert_location.json"),
         "--ep-num-redundant-experts=0",
-        "--ep-dispatch-algorithm=static",
+        "--host=0.0.0.0",
         "--port=30002",
         "--model-path",
         "m",
     ]
     text = (tmp_path / "sglang-replica2-node03.sh").read_text()
-    assert "# Replica 2 of 4: " in text
+    assert "# Replica 2 of 4: a server of its own, with ranks from 0, " in text
     assert "# It serves at port 30002 of node04, 30000 + replica, and meets from port 29500 on.\n" in text
     assert shell(tmp_path / "sglang-replica2-node03.sh", "--model-path", "m", host="node04").code == 65
     dry = shell(tmp_path / "sglang-replica2-node03.sh", "--dry-run", "--model-path", "m", host="node03")
-    assert "# on node03: ranks 40-47\n" in dry.out
+    assert "# on node03: ranks 8-15\n" in dry.out
+
+
+def test_dense_layers_with_dp_attention(tmp_path, shell):
+    """With TP 1 dense layers are whole on every rank, as they were placed, and a model without any needs no word of it."""
+    gpus = [("a", gpu) for gpu in range(4)]
+    for layers, shape, whole in (
+        ((0, 3), Shape(dp=4, ep=4), True),
+        ((0, 1), Shape(dp=4, ep=4), False),
+        ((0, 3), Shape(tp=2, dp=2, ep=4), False),
+        ((0, 3), Shape(tp=4, ep=4), False),
+    ):
+        placement = make(gpus, [(layers, shape)], SLOTS)
+        emit(placement, "sglang", tmp_path, force=True)
+        ran = shell(tmp_path / "sglang-a.sh", "--model-path", "m", host="a")
+        assert ("--moe-dense-tp-size=1" in ran.argv) == whole
+
+
+def test_numa_nodes(tmp_path, shell):
+    """The NUMA node of each GPU in rank order, where the cluster names it for all GPUs of the host."""
+    placement = make([("a", 3), ("a", 0), ("b", 1), ("b", 2)], [((0, 2), Shape(tp=4))])
+    emit(placement, "sglang", tmp_path, options=Options(cluster=numa_cluster({"a": [0, 0, 1, 1]})))
+    argv = shell(tmp_path / "sglang-a.sh", "--model-path", "m", host="a").argv
+    at = argv.index("--numa-node")
+    assert argv[at : at + 4] == ["--numa-node", "1", "0", "--model-path"]
+    assert "--numa-node" not in shell(tmp_path / "sglang-b.sh", "--model-path", "m", host="b").argv
+
+
+@pytest.mark.parametrize(
+    "word", ["--node-rank", "--tp-size=2", "--base-gpu-id", "--init-expert-location=x.json"]
+)
+def test_arguments_that_would_move_ranks(moe, tmp_path, shell, word):
+    """An argument that changes which rank is where, or the map, stops the script."""
+    emit(moe, "sglang", tmp_path)
+    ran = shell(tmp_path / "sglang-node01.sh", "--model-path", "m", word, "1", host="node01")
+    assert (ran.code, ran.out) == (64, "")
+    assert f"found {word}, but the placement says w" in ran.err
 
 
 def test_replicas_that_share_hosts(tmp_path, shell):
@@ -302,7 +339,7 @@ def test_replicas_of_a_pipeline(tmp_path, shell):
     emit(placement, "sglang", tmp_path)
     check_replicas(placement, tmp_path, shell, [[0, 1, 4, 5], [2, 3, 6, 7]])
     ran = shell(tmp_path / "sglang-replica0-a.sh", "--dry-run", "-x", host="a")
-    assert "# on a: ranks 0-1, 4-5\n" in ran.out
+    assert "# on a: ranks 0-3\n" in ran.out
     assert "SGLANG_PP_LAYER_PARTITION=2\\,2\n" in ran.out
     given_options = options_of(shell(tmp_path / "sglang-replica1-c.sh", "-x", host="c").argv)
     assert given_options["--pp-size"] == "2"
@@ -346,7 +383,7 @@ def test_addresses_and_ports_of_replicas(tmp_path, shell):
     assert options_of(ran.argv)["--dist-init-addr"] == "[fd00::7]:5020"
     two_hosts = moe_over([(host, gpu) for host in "ab" for gpu in range(2)], shape)
     for placement, options, message in (
-        (two_hosts, Options(master_addr="10.0.0.1"), "2 SGLang servers of this placement begin on 2 hosts"),
+        (two_hosts, Options(master_addr="10.0.0.1"), "the 2 servers of this placement begin on 2 hosts"),
         (one_host, Options(master_port=65510), "replica 1 would use the ports 65530 to 65549 and 30001"),
         (
             one_host,
@@ -380,8 +417,9 @@ def test_any_expert_map_reads_back(data):
         row = data.draw(st.permutations([*range(experts), *copies]))
         maps[layer] = [row[rank * per_rank : (rank + 1) * per_rank] for rank in range(ep)]
     placement = make(FOUR[:ep], [((0, layers), Shape(tp=ep, ep=ep))], maps)
-    assert Sglang().cannot(placement) is None
-    loaded = json.loads(expert_location(placement))
+    assert LAUNCHERS["sglang"].cannot(placement) is None
+    (file,) = FRAMEWORKS["sglang"].expert_files(job_of(placement)).values()
+    loaded = json.loads(file.text)
     assert list(loaded) == ["physical_to_logical_map"]
     rows = loaded["physical_to_logical_map"]
     assert len(rows) == layers

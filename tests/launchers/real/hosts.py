@@ -26,7 +26,9 @@ case $host in
 {cases}
   *) echo "no route to $host" >&2; exit 255 ;;
 esac
-exec ip netns exec "$space" unshare --uts -- bash -c 'hostname "$0"; exec bash -c "$1"' "$host" "$*"
+# As sshd does, with none of the environment of whoever asks.
+exec env -i HOME="$HOME" PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \\
+  ip netns exec "$space" unshare --uts -- bash -c 'hostname "$0"; exec bash -c "$1"' "$host" "$*"
 """
 
 
@@ -107,6 +109,8 @@ def _clean() -> dict[str, str]:
         "OMPI",
         "PMI",
         "PMIX",
+        "PRTE",
+        "HYDRA",
         "MPI_",
         "I_MPI",
         "RANK",
@@ -134,7 +138,7 @@ def simulated_hosts(names: Sequence[str], folder: Path) -> Iterator[Hosts]:
         _ip("link", "set", bridge, "up")
         known = "".join(f"{hosts.address(name)} {name}\n" for name in names)
         for number, (name, space) in enumerate(hosts.spaces.items()):
-            outside = f"plv{hosts.mark}h{number}"
+            outside = _outside(hosts, number)
             _ip("netns", "add", space)
             _ip("link", "add", outside, "type", "veth", "peer", "name", "eth0", "netns", space)
             _ip("link", "set", outside, "master", bridge, "up")
@@ -147,12 +151,19 @@ def simulated_hosts(names: Sequence[str], folder: Path) -> Iterator[Hosts]:
         yield hosts
     finally:
         hosts.kill()
-        for space in hosts.spaces.values():
+        for number, space in enumerate(hosts.spaces.values()):
+            # By itself: a connection that was cut off keeps a namespace, and what is in it, for minutes.
+            _ip("link", "del", _outside(hosts, number), check=False)
             _ip("netns", "del", space, check=False)
             (Path("/etc/netns") / space / "hosts").unlink(missing_ok=True)
             if (Path("/etc/netns") / space).is_dir():
                 (Path("/etc/netns") / space).rmdir()
         _ip("link", "del", bridge, check=False)
+
+
+def _outside(hosts: Hosts, number: int) -> str:
+    """The end of a host's cable that is plugged into the bridge."""
+    return f"plv{hosts.mark}h{number}"
 
 
 def _ip(*words: str, check: bool = True) -> subprocess.CompletedProcess[str]:

@@ -41,3 +41,13 @@ unpacked() {
 }
 unpacked vllm 'vllm==0.33.0'
 unpacked sglang 'sglang==0.5.23'
+
+# What those parsers import beside torch and pydantic; without dependencies of their own, among which is a GB of Triton.
+[[ -d $folder/serving ]] || "$folder/python/bin/pip" install -q --no-deps --target "$folder/serving" \
+  'transformers==5.23.*' 'huggingface-hub==2.4.*' 'tokenizers==0.23.*' 'safetensors==0.8.*' 'regex' 'pillow' \
+  'openai==3.54.*' 'openai-harmony==0.0.8' 'xgrammar==0.2.*' 'apache-tvm-ffi==0.1.*' 'llguidance==1.9.*' \
+  'partial-json-parser==0.2.*' 'fastapi==0.165.*' 'starlette==1.10.*' 'annotated-doc' 'opentelemetry-api==1.45.*' \
+  'anyio==4.*' 'sniffio==1.*' 'h11==0.16.*' 'httpx2==2.16.*' 'httpcore2==2.16.*' 'truststore' 'uvloop==0.23.*' \
+  'aiohttp==3.14.*' 'aiohappyeyeballs==2.*' 'aiosignal==1.*' 'frozenlist==1.*' 'multidict==7.*' 'propcache==0.*' 'yarl==1.*' \
+  'pyzmq==27.*' 'msgspec==0.22.*' 'orjson==3.*' 'cbor2==6.*' 'cloudpickle==3.*' 'cachetools==8.*' 'blake3==1.*' \
+  'pybase64==1.*' 'prometheus-client==0.*' 'pygments==2.*'
