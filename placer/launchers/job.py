@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from typing import Protocol
 
@@ -52,12 +53,12 @@ class Job:
     digest: str = ""
     version: str = ""
 
-    @property
+    @cached_property
     def shapes(self) -> tuple[Shape, ...]:
         """The degrees of every stage."""
         return tuple(Shape(tp=at.tp, dp=at.dp, ep=at.ep, etp=at.etp) for at in self.strategy.stages)
 
-    @property
+    @cached_property
     def hosts(self) -> list[HostRanks]:
         """Every host with its ranks, hosts in the order of their first rank."""
         return by_host(self.ranks)

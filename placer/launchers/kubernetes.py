@@ -53,11 +53,14 @@ class Kubernetes(Launcher):
     """A JobSet of one pod for each host."""
 
     name = "kubernetes"
-    summary = "JobSet with one pod per host, all GPUs of each node, and the scripts in ConfigMaps; needs --image and --cluster"
+    summary = "JobSet with one pod per host, all GPUs of each node, and the scripts in ConfigMaps; needs --image, --command, --cluster"
     visibilities = ("host", "one")
 
     def refuses(self, job: Job) -> str | None:
-        """Return why not: hosts that no node can be named after."""
+        """Return why not: hosts that no node can be named after, and parts of GPUs."""
+        for record in job.ranks:
+            if record.uuid is not None and record.uuid.startswith("MIG-"):
+                return f"rank {record.rank} is on the MIG device {record.uuid}, and the pods ask for whole GPUs ({GPU})"
         nodes: dict[str, str] = {}
         for host in job.hosts:
             node = _node(host.host)

@@ -12,6 +12,8 @@ Read and run with Ray 2.60: `ray start --labels`, `placement_group(..., bundle_l
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from placer.launchers.base import Launcher, Options
 from placer.launchers.job import HostRanks, Job, short_names_clash
 from placer.launchers.ranks import wrapper_files
@@ -31,6 +33,8 @@ class Ray(Launcher):
 
     name = "ray"
     summary = "one script per host that starts its Ray node, and ray_placement.py, which puts an actor on each rank's GPU"
+    #: What is run when the nodes are up.
+    program: ClassVar[str] = PROGRAM
 
     def refuses(self, job: Job) -> str | None:
         """Return why not: a label holds no longer name."""
@@ -64,7 +68,7 @@ class Ray(Launcher):
             visibility=visibility,
             master_addr=options.master(job),
             master_port=str(options.master_port),
-            command=options.command,
+            command=repr(list(options.command)),
             grace=GRACE,
         )
         return wrapper | {PROGRAM: EmittedFile(program, executable=True)} | self._nodes(job, options)
@@ -81,5 +85,7 @@ class Ray(Launcher):
             self.name,
             command,
             usage="[RAY START ARGUMENT...]",
-            notes=[f"The head is on {job.hosts[0].host}. When all nodes are up, {PROGRAM} starts the ranks."],
+            notes=[
+                f"The head is on {job.hosts[0].host}. When all nodes are up, {self.program} starts the ranks."
+            ],
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from placer.launchers.soundness import check_placement
 from placer.launchers.torchrun import Torchrun
 from placer.launchers.trtllm import Trtllm
 from placer.launchers.vllm import Vllm
+from placer.launchers.vllm_ray import VllmRay
 from placer.placement import Placement, write_text
 
 LAUNCHERS: dict[str, Launcher] = {
@@ -44,6 +46,7 @@ LAUNCHERS: dict[str, Launcher] = {
         DeepSpeed(),
         Megatron(),
         Vllm(),
+        VllmRay(),
         Sglang(),
         Trtllm(),
         Ray(),
@@ -52,6 +55,11 @@ LAUNCHERS: dict[str, Launcher] = {
         Nccl(),
     )
 }
+
+
+#: What every emitted file that can hold a comment says at its head.
+_HEAD = re.compile(rb"placer [A-Za-z0-9.+!_-]{1,64} placement ([0-9a-f]{64})")
+_HEAD_BYTES = 2000
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def emit(
             f"`{other.name}`" for other in LAUNCHERS.values() if other.cannot(placement, framework) is None
         ]
         raise ExportError(f"{name} cannot express this placement: {reason}; {_those_that_can(able)}")
-    return write_files(launcher.files(placement, options), out_dir, force=force)
+    return write_files(launcher.files(placement, options), out_dir, force=force, digest=placement.digest())
 
 
 def _those_that_can(able: list[str]) -> str:
@@ -120,20 +128,28 @@ def _those_that_can(able: list[str]) -> str:
     return f"{', '.join(able[:-1])} and {able[-1]} can" if len(able) > 1 else f"{able[0]} can"
 
 
-def write_files(files: Mapping[str, EmittedFile], out_dir: str | Path, *, force: bool = False) -> list[Path]:
+def write_files(
+    files: Mapping[str, EmittedFile],
+    out_dir: str | Path,
+    *,
+    force: bool = False,
+    digest: str | None = None,
+) -> list[Path]:
     """Write files into a folder, all of them or none, and return their paths.
 
     They are written whole to a temporary folder inside it and then moved into place, so that a full disk or a killed
-    run does not leave half of them.
+    run does not leave half of them. A folder with files of another placement than that of `digest` is refused, since one
+    of its scripts could be started among the new ones; with `force` they are removed.
     """
+    if not str(out_dir):
+        raise InputError("is empty, expected a folder", key="-o")
     folder = Path(out_dir)
     paths = {folder / check_file_name(name): file for name, file in files.items()}
-    for path in paths:
-        if path.is_dir() and not path.is_symlink():
-            raise ExportError(f"{path}: cannot be written: it is a folder")
-        if not force and (path.exists() or path.is_symlink()):
-            raise ExportError(f"{path}: exists already and is replaced only with --force")
-    made = not folder.exists()
+    try:
+        stale = _check_folder(folder, paths, digest, force=force)
+        made = not folder.exists()
+    except OSError as error:
+        raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(dir=folder, prefix=".placer."))
@@ -149,6 +165,8 @@ def write_files(files: Mapping[str, EmittedFile], out_dir: str | Path, *, force:
                 (staging / path.name).chmod(mode | (mode & 0o444) >> 2)
         for path in paths:
             (staging / path.name).replace(path)
+        for path in stale:
+            path.unlink(missing_ok=True)
         done = True
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -157,3 +175,35 @@ def write_files(files: Mapping[str, EmittedFile], out_dir: str | Path, *, force:
         if made and not done and not any(folder.iterdir()):
             folder.rmdir()
     return list(paths)
+
+
+def _check_folder(
+    folder: Path, paths: Mapping[Path, EmittedFile], digest: str | None, *, force: bool
+) -> list[Path]:
+    """Return the files of another placement in a folder; raise ExportError for what is not to be replaced."""
+    if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
+        raise ExportError(f"{folder}: cannot be written: it is a file, expected a folder")
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            raise ExportError(f"{path}: cannot be written: it is a folder")
+        if not force and (path.exists() or path.is_symlink()):
+            raise ExportError(f"{path}: exists already and is replaced only with --force")
+    stale = [] if digest is None or not folder.exists() else sorted(_of_others(folder, digest) - set(paths))
+    if stale and not force:
+        raise ExportError(
+            f"{stale[0]}: is of another placement, and could be started among the new files; state another folder, or "
+            "--force, which removes it"
+        )
+    return stale
+
+
+def _of_others(folder: Path, digest: str) -> set[Path]:
+    """Return the files in a folder that were emitted from a placement of another digest."""
+    found: set[Path] = set()
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as stream:
+                head = _HEAD.search(stream.read(_HEAD_BYTES))
+            if head is not None and head.group(1).decode() != digest:
+                found.add(path)
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from placer.errors import ExportError
 from placer.launchers.base import Options
@@ -34,7 +35,7 @@ class Replica:
     port: int
     meeting_port: int
 
-    @property
+    @cached_property
     def hosts(self) -> list[HostRanks]:
         """The hosts of the replica, in the order of their first rank, with its ranks there."""
         return self.job.hosts
@@ -60,10 +61,12 @@ class Replica:
             served,
         ]
 
-    def numa(self, options: Options, host: HostRanks) -> list[RankRow]:
-        """Return the rows of the ranks of a host when the NUMA node of each is known, else none."""
-        rows = [row for row in rank_rows(self.job, options) if row.host == host.host]
-        return rows if all(row.numa is not None for row in rows) else []
+    def numa(self, options: Options) -> dict[str, list[RankRow]]:
+        """Return by host the rows of its ranks, of the hosts where the NUMA node of each is known."""
+        found: dict[str, list[RankRow]] = {}
+        for row in rank_rows(self.job, options):
+            found.setdefault(row.host, []).append(row)
+        return {host: rows for host, rows in found.items() if all(row.numa is not None for row in rows)}
 
 
 def replicas(

@@ -13,11 +13,12 @@ ends when told to, since all ranks must then choose alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from placer.launchers.base import Launcher, Options
 from placer.launchers.frameworks import FRAMEWORKS, slots_and_experts
 from placer.launchers.job import HostRanks, Job
+from placer.launchers.ranks import RankRow
 from placer.launchers.scripts import Beside, EmittedFile, host_scripts
 from placer.launchers.servers import (
     EVERY_ADDRESS,
@@ -84,7 +85,7 @@ class Sglang(Launcher):
 def _scripts(
     job: Job, options: Options, replica: Replica, beside: Mapping[str, EmittedFile]
 ) -> dict[str, EmittedFile]:
-    hosts = len(replica.hosts)
+    hosts, numa = len(replica.hosts), replica.numa(options)
     common = [*_degrees(job), *_experts(job), f"--host={EVERY_ADDRESS}"]
     notes: list[str] = []
     if replica.count > 1:
@@ -104,7 +105,7 @@ def _scripts(
             *("python3", "-m", "sglang.launch_server", f"--nnodes={hosts}", f"--node-rank={number}"),
             f"--dist-init-addr={options.endpoint(replica.head, replica.meeting_port)}",
             *common,
-            *_numa(replica, options, host),
+            *_numa(numa.get(host.host, [])),
             *options.command,
         ]
 
@@ -148,9 +149,8 @@ def _experts(job: Job) -> list[str | Beside]:
     ]
 
 
-def _numa(replica: Replica, options: Options, host: HostRanks) -> list[str]:
+def _numa(rows: Sequence[RankRow]) -> list[str]:
     """SGLang takes entry i for the i-th of CUDA_VISIBLE_DEVICES (`numa_utils.get_numa_node_if_available`)."""
-    rows = replica.numa(options, host)
     return ["--numa-node", *(str(row.numa) for row in rows)] if rows else []
 
 

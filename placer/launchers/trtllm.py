@@ -23,8 +23,8 @@ from placer.launchers.base import Launcher, Options
 from placer.launchers.frameworks import FRAMEWORKS
 from placer.launchers.job import Job, short_names_clash
 from placer.launchers.mpi import host_of_each_rank
-from placer.launchers.ranks import wrapper_files
-from placer.launchers.scripts import EmittedFile, check_file_name, plain, render_template
+from placer.launchers.ranks import file_head, wrapper_files
+from placer.launchers.scripts import EmittedFile, check_file_name, render_template
 from placer.launchers.servers import (
     EVERY_ADDRESS,
     Replica,
@@ -90,7 +90,7 @@ def _server(
     own = replace(options, command=(), master_port=replica.meeting_port)
     wrapper = wrapper_files(replica.job, own, "host", suffix=suffix)
     hosts_file, config_file = check_file_name(f"{name}-hosts.txt"), check_file_name(f"{name}.yaml")
-    head = f"# placer {plain(job.version)} placement {plain(job.digest)} ranks of trtllm"
+    head = file_head(replica.job)
     made = wrapper | {
         hosts_file: EmittedFile("\n".join([head, *host_of_each_rank(replica.job), ""])),
         config_file: EmittedFile(options_text(job, len(replica.hosts[0].ranks), head, map_file)),

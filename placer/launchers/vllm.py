@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from placer.launchers.base import Launcher, Options
 from placer.launchers.frameworks import FRAMEWORKS
 from placer.launchers.job import HostRanks, Job
+from placer.launchers.ranks import RankRow
 from placer.launchers.scripts import Beside, EmittedFile, host_scripts
 from placer.launchers.servers import (
     Replica,
@@ -35,38 +36,28 @@ HTTP_PORT = 8000
 #: A server meets at its meeting port, and its engines at the next.
 PORTS_EACH = 2
 
-_RANKS = "the placement says which rank is on which GPU"
-_EXPERTS = "the placement says where each expert is"
+_RANKS = (
+    "--nnodes -n --node-rank -r --device-ids --headless --distributed-executor-backend --tensor-parallel-size -tp "
+    "--pipeline-parallel-size -pp --prefill-context-parallel-size -pcp --data-parallel-size -dp --data-parallel-rank -dpn "
+    "--data-parallel-start-rank -dpr --data-parallel-size-local -dpl --data-parallel-backend -dpb "
+    "--data-parallel-hybrid-lb -dph --data-parallel-external-lb -dpe --data-parallel-multi-port-external-lb -dpm"
+)
+_EXPERTS = (
+    "--enable-expert-parallel -ep --no-enable-expert-parallel --expert-placement-strategy --enable-eplb --eplb-config "
+    "--enable-elastic-ep"
+)
+
+
+def _spellings(names: str) -> list[str]:
+    """Return the names as vLLM's parser takes them: also with `_` for `-`."""
+    found = names.split()
+    return found + [f"--{name[2:].replace('-', '_')}" for name in found if "-" in name[2:]]
+
 
 #: Arguments that would move ranks or experts away from where the placement has them.
 REFUSED: Mapping[str, Sequence[str]] = {
-    _RANKS: (
-        *("--nnodes", "-n", "--node-rank", "-r", "--device-ids", "--headless"),
-        *("--tensor-parallel-size", "-tp", "--pipeline-parallel-size", "-pp"),
-        *("--prefill-context-parallel-size", "-pcp"),
-        *(
-            "--data-parallel-size",
-            "-dp",
-            "--data-parallel-rank",
-            "-dpn",
-            "--data-parallel-start-rank",
-            "-dpr",
-        ),
-        *(
-            "--data-parallel-size-local",
-            "-dpl",
-            "--data-parallel-backend",
-            "-dpb",
-            "--data-parallel-hybrid-lb",
-            "-dph",
-        ),
-        *("--data-parallel-external-lb", "-dpe", "--data-parallel-multi-port-external-lb", "-dpm"),
-        "--distributed-executor-backend",
-    ),
-    _EXPERTS: (
-        *("--enable-expert-parallel", "-ep", "--no-enable-expert-parallel", "--expert-placement-strategy"),
-        *("--enable-eplb", "--eplb-config", "--enable-elastic-ep"),
-    ),
+    "the placement says which rank is on which GPU": _spellings(_RANKS),
+    "the placement says where each expert is": _spellings(_EXPERTS),
 }
 
 
@@ -116,11 +107,13 @@ def layer_partition(job: Job) -> dict[str, str]:
 def _scripts(
     job: Job, options: Options, replica: Replica, beside: Mapping[str, EmittedFile]
 ) -> dict[str, EmittedFile]:
+    numa = replica.numa(options)
+
     def command(number: int, host: HostRanks) -> list[str | Beside]:
         words = ["vllm", "serve", "--distributed-executor-backend=mp", *degrees(job)]
         words += _nodes(job, options, replica, number)
         # Words that take several values stand before others, or they would take the model as well.
-        words += _numa(replica, options, host)
+        words += _numa(numa.get(host.host, []))
         words += [f"--port={replica.port}"] if number == 0 else ["--headless"]
         return [*words, *options.command]
 
@@ -157,9 +150,8 @@ def _nodes(job: Job, options: Options, replica: Replica, number: int) -> list[st
     ]
 
 
-def _numa(replica: Replica, options: Options, host: HostRanks) -> list[str]:
+def _numa(rows: Sequence[RankRow]) -> list[str]:
     """vLLM takes entry i for the i-th of CUDA_VISIBLE_DEVICES (`numa_utils._get_numactl_worker_args`)."""
-    rows = replica.numa(options, host)
     if not rows:
         return []
     words = ["--numa-bind-nodes", *(str(row.numa) for row in rows)]

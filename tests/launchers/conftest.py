@@ -98,6 +98,11 @@ def shell(tmp_path: Path) -> Callable[..., Ran]:
     (stubs / "hostname").chmod(0o755)
 
     def run(script: Path, *args: str, host: str, **environment: object) -> Ran:
+        """A RANK has the size of its placement beside it; WORLD_SIZE=None leaves it without."""
+        if "RANK" in environment and "WORLD_SIZE" not in environment:
+            tables = [*script.parent.glob("ranks*.tsv"), *tmp_path.rglob("ranks.tsv")]
+            environment["WORLD_SIZE"] = len(tables[0].read_text().splitlines()) - 2
+        environment = {name: value for name, value in environment.items() if value is not None}
         done = subprocess.run(
             [str(script), *args],
             env={

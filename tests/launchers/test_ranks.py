@@ -114,11 +114,49 @@ def test_rank_of_the_innermost_launcher(two_by_four, tmp_path, shell):
     assert shell(script, "program", host="node02", **MPI).env["CUDA_VISIBLE_DEVICES"] == "0"
     # Inside a Slurm batch script SLURM_PROCID is 0 for whatever an MPI launcher starts there.
     assert shell(script, "program", host="node02", SLURM_PROCID=0, **MPI).env["RANK"] == "2"
-    assert shell(script, "program", host="node02", RANK=1, **MPI).env["RANK"] == "1"
+    # torchrun, started once on each host by MPI.
+    assert (
+        shell(script, "program", host="node02", RANK=1, **MPI | {"OMPI_COMM_WORLD_SIZE": 2}).env["RANK"]
+        == "1"
+    )
     # Slurm may know a host by another name than the host does.
-    slurm = {"SLURM_PROCID": 5, "SLURMD_NODENAME": "node01"}
+    slurm = {"SLURM_PROCID": 5, "SLURM_STEP_NUM_TASKS": 8, "SLURMD_NODENAME": "node01"}
     assert shell(script, "program", host="machine", **slurm).env["RANK"] == "5"
     assert shell(script, "program", host="machine", RANK=5, SLURMD_NODENAME="node01").code == 65
+
+
+def test_ranks_that_were_left_behind(two_by_four, tmp_path, shell):
+    """A RANK without WORLD_SIZE, and the SLURM_PROCID of a batch script, are nobody's rank; two that differ are refused."""
+    emit(two_by_four, "ranks", tmp_path)
+    script = tmp_path / "bind.sh"
+    assert shell(script, "program", host="node02", RANK=1, WORLD_SIZE=None, **MPI).env["RANK"] == "2"
+    for alone in ({"RANK": 1, "WORLD_SIZE": None}, {"SLURM_PROCID": 0}):
+        ran = shell(script, "program", host="node02", **alone)
+        assert (ran.code, ran.out) == (64, "")
+        assert "no rank: start it with a launcher" in ran.err
+    ran = shell(script, "program", host="node02", RANK=1, **MPI)
+    assert (ran.code, ran.out) == (64, "")
+    assert "found RANK=1 and OMPI_COMM_WORLD_RANK=2, of 8 both" in ran.err
+
+
+def test_hosts_that_are_equal_as_numbers(tmp_path, shell):
+    """The hosts 1, 01 and 1e0 are three, although awk takes them for one number."""
+    placement = make([("1", 0), ("1", 1), ("01", 2), ("1e0", 3)])
+    emit(placement, "ranks", tmp_path, options=Options(visibility="host"))
+    lists = [
+        shell(tmp_path / "bind.sh", "program", host=record.host, RANK=record.rank).env["CUDA_VISIBLE_DEVICES"]
+        for record in placement.ranks
+    ]
+    assert lists == ["0,1", "0,1", "2", "3"]
+
+
+def test_an_option_is_no_program(two_by_four, tmp_path, shell):
+    """`exec -c` and the like would start the program without its environment."""
+    emit(two_by_four, "ranks", tmp_path)
+    for word in ("-c", "--help", "-a"):
+        ran = shell(tmp_path / "bind.sh", word, "program", host="node02", RANK=0)
+        assert (ran.code, ran.out) == (64, "")
+        assert f"found {word} where the program should be" in ran.err
 
 
 def test_wrong_host_is_refused(two_by_four, tmp_path, shell):
@@ -219,11 +257,11 @@ def test_changed_table_is_refused(two_by_four, tmp_path, shell):
     hosts = [line.replace("node01", "node03") for line in lines]
     for text in ("".join(swapped), "".join(hosts), "".join(lines[:-1]), "".join(lines) + "\n"):
         table.write_text(text)
-        ran = shell(script, "program", host="node02", RANK=0)
+        ran = shell(script, "program", host="node02", RANK=0, WORLD_SIZE=8)
         assert (ran.code, ran.out) == (66, "")
         assert "it was changed" in ran.err
     table.unlink()
-    assert shell(script, "program", host="node02", RANK=0).code == 66
+    assert shell(script, "program", host="node02", RANK=0, WORLD_SIZE=8).code == 66
 
 
 def test_without_taskset_the_rank_runs_and_says_so(two_by_four, tmp_path, shell):
@@ -316,7 +354,7 @@ def test_numa_node_of_the_cluster(two_by_four, tmp_path, shell):
     table, script = emit(two_by_four, "ranks", tmp_path / "out", options=options)
     assert [row.numa for row in parse_ranks(table.read_text())[1]] == numa
     (tmp_path / "stubs/numactl").write_text(
-        '#!/usr/bin/env bash\nexport SEEN_NUMA="$1 $2"\nshift 2\nexec "$@"\n'
+        '#!/usr/bin/env bash\nexport SEEN_NUMA="$2 $3"\n[[ $1 == --all ]] || exit 1\nshift 3\nexec "$@"\n'
     )
     (tmp_path / "stubs/numactl").chmod(0o755)
     expected = {0: "--membind=0 --physcpubind=0-3", 1: "--membind=1 --cpunodebind=1", 2: None}

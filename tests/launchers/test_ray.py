@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -212,11 +213,11 @@ def test_changed_files_and_no_command_are_refused(two_by_four, tmp_path):
 
 def test_dry_run_starts_nothing(interleaved, tmp_path, capsys):
     """`--dry-run` tells every bundle and the command, without Ray."""
-    emit(interleaved, "ray", tmp_path, options=Options(command=("program", "it's")))
+    emit(interleaved, "ray", tmp_path, options=Options(command=("program", "it's", '\\"\U0001f600')))
     assert loaded(tmp_path).main(["--dry-run", "--more"]) == 0
     first, *_, last = capsys.readouterr().out.splitlines()
     assert first == "# bundle 0: on the node placer-host=node01, where rank 0 takes GPU 0"
-    assert last == "program 'it'\"'\"'s' --more"
+    assert shlex.split(last) == ["program", "it's", '\\"\U0001f600', "--more"]
 
 
 def test_a_name_too_long_for_a_label_is_refused(tmp_path):

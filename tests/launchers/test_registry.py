@@ -389,3 +389,34 @@ def test_visibility_a_launcher_has_not(two_by_four):
         ExportError, match="sglang cannot start processes with `--visibility one`, only with `host`"
     ):
         LAUNCHERS["sglang"].files(two_by_four, Options(visibility="one"))
+
+
+def test_a_folder_of_another_placement(two_by_four, interleaved, tmp_path):
+    """Scripts of another placement are not left among new ones: refused, and removed with force, but nothing else is."""
+    out = tmp_path / "out"
+    emit(two_by_four, "torchrun", out)
+    (out / "notes.txt").write_text("mine")
+    (out / "link.sh").symlink_to(out / "notes.txt")
+    for name in ("ranks.tsv", "bind.sh"):
+        (out / name).unlink()
+    before = {path.name: path.read_text() for path in out.iterdir()}
+    with pytest.raises(ExportError, match=r"torchrun-node01\.sh: is of another placement"):
+        emit(interleaved, "ranks", out)
+    assert {path.name: path.read_text() for path in out.iterdir()} == before
+    emit(interleaved, "ranks", out, force=True)
+    assert sorted(path.name for path in out.iterdir()) == ["bind.sh", "link.sh", "notes.txt", "ranks.tsv"]
+    # Two launchers of one placement may share a folder where their files do.
+    (out / "ranks.tsv").unlink()
+    (out / "bind.sh").unlink()
+    emit(interleaved, "ranks", out)
+
+
+@pytest.mark.parametrize("where", ["", "x" * 300, "file", "dangling"])
+def test_no_folder(where, two_by_four, tmp_path, monkeypatch):
+    """What cannot be a folder is refused in a sentence, and nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "deep")
+    with pytest.raises((ExportError, InputError), match=r"cannot be written|is empty"):
+        emit(two_by_four, "ranks", where)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]

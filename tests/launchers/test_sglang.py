@@ -299,6 +299,11 @@ def test_numa_nodes(tmp_path, shell):
     at = argv.index("--numa-node")
     assert argv[at : at + 4] == ["--numa-node", "1", "0", "--model-path"]
     assert "--numa-node" not in shell(tmp_path / "sglang-b.sh", "--model-path", "m", host="b").argv
+    ranks = [record.model_copy(update={"numa": record.gpu // 2}) for record in placement.ranks]
+    emit(placement.model_copy(update={"ranks": ranks}), "sglang", tmp_path, force=True)
+    argv = shell(tmp_path / "sglang-b.sh", "--model-path", "m", host="b").argv
+    at = argv.index("--numa-node")
+    assert argv[at : at + 4] == ["--numa-node", "0", "1", "--model-path"]
 
 
 @pytest.mark.parametrize(

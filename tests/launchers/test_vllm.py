@@ -151,6 +151,7 @@ def test_scripts_on_other_hosts_and_changed_ones(small, tmp_path, shell):
     [
         ("--node-rank=0", "which rank is on which GPU"),
         ("-tp=4", "which rank is on which GPU"),
+        ("--tensor_parallel_size=4", "which rank is on which GPU"),
         ("--device-ids=0,1", "which rank is on which GPU"),
         ("--headless", "which rank is on which GPU"),
         ("--enable-eplb", "where each expert is"),

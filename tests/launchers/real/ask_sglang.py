@@ -22,11 +22,10 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Tuple  # noqa: UP035 - the text of SGLang's function says so
 from unittest.mock import MagicMock
 
-import torch._inductor.standalone_compile
-from transformers import AutoProcessor  # noqa: F401 - before Triton is stood for
+import torch._inductor.standalone_compile  # noqa: F401 - before Triton is stood for
+from transformers import AutoProcessor  # noqa: F401 - likewise
 
 
 class Stands(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -81,8 +80,8 @@ def rank_ranges(config, node):
         for each in tree.body
         if isinstance(each, ast.FunctionDef) and each.name == "_calculate_rank_ranges"
     ]
-    space = {"get_parallel": lambda: config, "Tuple": Tuple}
-    exec(compile(ast.Module([function], []), "engine.py", "exec"), space)  # noqa: S102
+    space = {"get_parallel": lambda: config, "Tuple": tuple}
+    exec(compile(ast.Module([function], []), "engine.py", "exec"), space)
     return space["_calculate_rank_ranges"](node)
 
 

@@ -1,11 +1,13 @@
-"""Ray itself on three simulated hosts of 4 GPUs each: nodes started by the emitted scripts, actors by the emitted program.
+"""Ray itself on three simulated hosts of 4 GPUs at most: nodes started by the emitted scripts, actors by the emitted program.
 
-Ray believes what it is told of GPUs, so that none are needed.
+Ray believes what it is told of GPUs, so that none are needed. The hosts here see the same files, so the program runs where
+the head is: elsewhere it would find the head's files and take itself to be there.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import re
 import time
 from collections.abc import Sequence
@@ -16,6 +18,7 @@ from subprocess import Popen
 import pytest
 
 from placer.launchers.base import Options
+from placer.launchers.job import ranks_by_host
 from placer.launchers.registry import emit
 from placer.placement import Placement
 from tests.launchers.by_hand import make
@@ -61,7 +64,12 @@ def hosts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def placement():
-    return jobs.placement("interleaved", 31, hosts=HOSTS, gpus=4)
+    """Hosts of 4, 3 and 1 of their GPUs, in orders of their own, and ranks on any of them."""
+    gpus = [
+        (each.host, each.gpu, each.uuid) for each in jobs.placement("uneven", 31, hosts=HOSTS, gpus=4).ranks
+    ]
+    random.Random(31).shuffle(gpus)
+    return make(gpus)
 
 
 def environment(placement: Placement) -> dict[str, str]:
@@ -75,8 +83,10 @@ def environment(placement: Placement) -> dict[str, str]:
 
 def emitted(placement: Placement, folder: Path, *, known: bool = True) -> Path:
     """Write the files, and a program that tells into a file of the rank; return the folder. `known`: by the cluster."""
-    emit(placement, "ray", folder, options=Options(cluster=jobs.cluster(HOSTS, 4) if known else None))
+    folder.mkdir()
     show = jobs.show_program(folder)
+    options = Options(cluster=jobs.cluster(HOSTS, 4) if known else None, command=(str(show),))
+    emit(placement, "ray", folder, options=options)
     show.write_text(f"{show.read_text()}{STAYS}")
     return folder
 
@@ -128,15 +138,13 @@ def told(folder: Path) -> str:
 
 
 def test_every_rank_is_on_its_gpu(hosts, placement, up, tmp_path):
-    """12 interleaved ranks run on their hosts and GPUs, and what they print comes out at the program."""
-    ran = hosts.run(
-        placement.ranks[-1].host, [up / "ray_placement.py", up / "show.sh", tmp_path], environment(placement)
-    )
+    """Interleaved ranks run on their hosts and GPUs, and what they print comes out at the program."""
+    ran = hosts.run(placement.ranks[0].host, [up / "ray_placement.py", tmp_path], environment(placement))
     assert ran.returncode == 0, ran.stderr
     jobs.check_seen(jobs.seen(told(tmp_path)), placement)
     jobs.check_seen(jobs.seen(ran.stdout), placement)
     assert sorted(re.findall(r"^\[(\d+)\] SEEN rank=(\d+) ", ran.stdout, re.MULTILINE)) == sorted(
-        (str(rank), str(rank)) for rank in range(12)
+        (str(rank), str(rank)) for rank in range(len(placement.ranks))
     )
 
 
@@ -153,7 +161,7 @@ def test_a_rank_that_fails_ends_all(hosts, placement, up, tmp_path):
     """When a rank ends with 7 the others are ended, which would run for minutes, and the program ends with 7."""
     ran = hosts.run(
         placement.ranks[0].host,
-        [up / "ray_placement.py", up / "show.sh", tmp_path, "5"],
+        [up / "ray_placement.py", tmp_path, "5"],
         environment(placement),
     )
     assert ran.returncode == 7
@@ -165,11 +173,11 @@ def test_a_program_told_to_end_ends_all(hosts, placement, up, tmp_path):
     """TERM to the program, when all ranks run, ends them."""
     running = hosts.start(
         placement.ranks[0].host,
-        [up / "ray_placement.py", up / "show.sh", tmp_path, "none"],
+        [up / "ray_placement.py", tmp_path, "none"],
         environment(placement),
     )
     until = time.monotonic() + 60
-    while len(list(tmp_path.iterdir())) < 12 and time.monotonic() < until:
+    while len(list(tmp_path.iterdir())) < len(placement.ranks) and time.monotonic() < until:
         time.sleep(0.1)
     assert left(tmp_path)
     running.terminate()
@@ -204,7 +212,9 @@ def test_changed_files_start_nothing(hosts, placement, up, tmp_path):
         seen = tmp_path / "seen"
         seen.mkdir(exist_ok=True)
         ran = hosts.run(
-            "node0", [folder / "ray_placement.py", folder / "show.sh", seen], environment(placement)
+            placement.ranks[0].host,
+            [folder / "ray_placement.py", seen],
+            environment(placement),
         )
         assert ran.returncode == 66
         assert f"{file} is not the file made with this program" in ran.stderr
@@ -216,25 +226,32 @@ def test_changed_files_start_nothing(hosts, placement, up, tmp_path):
 
 def test_nodes_with_another_map_start_nothing(hosts, placement, up, tmp_path):
     """Nodes of this placement asked for another one, of hosts that hold other ranks or other GPUs."""
-    bigger = jobs.placement("blocked", 32, hosts=HOSTS, gpus=2)
-    folder = emitted(bigger, tmp_path / "out")
+    other = make([(host, gpu) for host in hosts.names for gpu in (1, 0)])
+    folder = emitted(other, tmp_path / "out")
     ran = hosts.run(
-        "node0", [folder / "ray_placement.py", folder / "show.sh", tmp_path], environment(placement)
+        placement.ranks[0].host,
+        [folder / "ray_placement.py", tmp_path],
+        environment(placement),
     )
     assert ran.returncode == 65
-    assert "has 4 GPUs, expected 2: start it there with ray-node" in ran.stderr
+    assert re.search(r"has \d GPUs, expected 2: start it there with ray-node", ran.stderr)
 
 
 def test_nodes_with_other_gpus_start_nothing(hosts, placement, up, tmp_path):
     """A node asked for as many GPUs as it has, but others: what Ray gives is held against the table."""
-    others = make([("node2", 10 + gpu) for gpu in (2, 0, 3, 1)])
+    host = next(host.host for host in ranks_by_host(placement) if len(host.ranks) == 4)
+    others = make([(host, 10 + gpu) for gpu in (2, 0, 3, 1)])
     folder = emitted(others, tmp_path / "out", known=False)
     seen = tmp_path / "seen"
     seen.mkdir()
-    ran = hosts.run("node0", [folder / "ray_placement.py", folder / "show.sh", seen], environment(placement))
+    ran = hosts.run(
+        placement.ranks[0].host,
+        [folder / "ray_placement.py", seen],
+        environment(placement),
+    )
     assert (ran.returncode, told(seen)) == (65, "")
     for rank in range(4):
-        assert re.search(rf"refused: Ray has the GPUs \S+ for rank {rank} on node2, and the", ran.stderr)
+        assert re.search(rf"refused: Ray has the GPUs \S+ for rank {rank} on {host}, and the", ran.stderr)
 
 
 def test_node_under_the_name_of_another_starts_nothing(hosts, placement, up, tmp_path, tmp_path_factory):
@@ -252,7 +269,11 @@ def test_node_under_the_name_of_another_starts_nothing(hosts, placement, up, tmp
     started(start_node(hosts, "node0", script, tmp_path_factory.mktemp("r")))
     seen = tmp_path / "seen"
     seen.mkdir()
-    ran = hosts.run("node1", [folder / "ray_placement.py", folder / "show.sh", seen], environment(placement))
+    ran = hosts.run(
+        placement.ranks[0].host,
+        [folder / "ray_placement.py", seen],
+        environment(placement),
+    )
     assert (ran.returncode, told(seen)) == (65, "")
     for rank in range(2):
         assert f"refused: rank {rank} belongs on the host node9, but this is node0" in ran.stderr

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from placer.launchers.base import Options
-from placer.launchers.registry import emit
 from placer.placement import Placement
 from placer.strategy import Shape
-from tests.launchers.by_hand import Gpu, make, numa_cluster, uuid
-from tests.launchers.real.tools import installed, python
-
-ASK = Path(__file__).with_name("ask_vllm.py")
+from tests.launchers.by_hand import make, numa_cluster
+from tests.launchers.real.serving import Case, ask, experts_of, on_hosts, shuffled, two_stages
 
 CONFIG = {
     "hidden_size": 64,
@@ -45,49 +37,6 @@ MOE = {
     "mlp_only_layers": [],
 }
 DENSE = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
-
-STUB = """#!{python}
-import json, os, sys
-print(json.dumps({{"argv": sys.argv[2:], "env": {{name: value for name, value in os.environ.items()}}}}))
-"""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A placement, and how many servers of how many hosts vLLM runs it as."""
-
-    placed: Placement
-    servers: int
-    hosts: int
-    options: Options = field(default_factory=Options)
-
-
-def on_hosts(hosts: int, gpus: int, seats: Callable[[int], int] = lambda rank: rank) -> list[Gpu]:
-    """Return GPUs for ranks: number s is on host s // gpus from the last on, where GPUs are in an order of each host's own.
-
-    Even hosts have UUIDs.
-    """
-    found: list[Gpu] = []
-    for rank in range(hosts * gpus):
-        host, place = divmod(seats(rank), gpus)
-        gpu = (place * (3 if host % 2 else gpus - 1) + host) % gpus
-        found.append((f"n{hosts - host}", gpu, uuid(100 * host + gpu) if host % 2 == 0 else None))
-    return found
-
-
-def two_stages(shape: Shape, layers: tuple[int, int]) -> list[tuple[tuple[int, int], Shape]]:
-    """Return two stages of these layers."""
-    return [((0, layers[0]), shape), ((layers[0], sum(layers)), shape)]
-
-
-def shuffled(layers: int, ranks: int, each: int) -> dict[int, list[list[int]]]:
-    """Return experts in an order of each layer's own: layer l holds on its EP ranks the experts 5 k + l."""
-    count = ranks * each
-    order = [[(5 * place + layer) % count for place in range(count)] for layer in range(layers)]
-    return {
-        layer: [row[rank * each : (rank + 1) * each] for rank in range(ranks)]
-        for layer, row in enumerate(order)
-    }
 
 
 def moe(*args: Any) -> Placement:
@@ -151,77 +100,21 @@ CASES = {
 }
 
 
-def stubs(folder: Path) -> Path:
-    """Make a folder of programs that stand for vLLM, which tells what it was given, and for a host's name."""
-    folder.mkdir()
-    (folder / "vllm").write_text(STUB.format(python=sys.executable))
-    (folder / "hostname").write_text('#!/usr/bin/env bash\necho "$PRETENDED_HOST"\n')
-    for path in folder.iterdir():
-        path.chmod(0o755)
-    return folder
-
-
-def started(script: Path, host: str, model: Path, programs: Path) -> dict[str, Any]:
-    """Run a script on a pretended host, and return what vLLM is started with."""
-    ran = subprocess.run(
-        [script, model],
-        env={"PATH": f"{programs}:{os.environ['PATH']}", "PRETENDED_HOST": host},
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=True,
-    )
-    return {"host": host, **json.loads(ran.stdout)}
-
-
-def emitted(case: Case, folder: Path, programs: Path) -> list[dict[str, Any]]:
-    """Emit a case and run all its scripts; return for each server what its hosts start."""
-    folder.mkdir()
+def words(case: Case, folder: Path) -> list[str]:
+    """Write a configuration of the placed model, and return the words that name it."""
+    experts = experts_of(case.placed)
     model = folder / "model"
     model.mkdir()
-    experts = 1 + max((e for rows in case.placed.experts.values() for row in rows for e in row), default=-1)
-    layers = case.placed.strategy.stages[-1].layers[1]
     own = {**MOE, "num_experts": experts} if experts else DENSE
-    (model / "config.json").write_text(json.dumps({**CONFIG, **own, "num_hidden_layers": layers}))
-    emit(case.placed, "vllm", folder, options=case.options)
-    found = []
-    for number in range(case.servers):
-        prefix = f"vllm-replica{number}-" if case.servers > 1 else "vllm-"
-        scripts = sorted(folder.glob(f"{prefix}*.sh"))
-        assert len(scripts) == case.hosts
-        nodes = [started(path, path.stem.removeprefix(prefix), model, programs) for path in scripts]
-        found.append({"nodes": nodes, "layers": layers, "experts": experts})
-    assert len(list(folder.glob("*.sh"))) == case.servers * case.hosts
-    return found
+    layers = {"num_hidden_layers": case.placed.strategy.stages[-1].layers[1]}
+    (model / "config.json").write_text(json.dumps({**CONFIG, **own, **layers}))
+    return [str(model)]
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
     """For every case its folder, and what vLLM makes of each of its servers."""
-    interpreter = python("torch", "pydantic")
-    path = os.pathsep.join([str(installed("vllm/vllm").parent), str(installed("serving"))])
-    top = tmp_path_factory.mktemp("vllm")
-    programs = stubs(top / "programs")
-    folders = {name: top / f"case{number}" for number, name in enumerate(CASES)}
-    asked = {name: emitted(CASES[name], folder, programs) for name, folder in folders.items()}
-    ran = subprocess.run(
-        [interpreter, ASK],
-        input=json.dumps([server for servers in asked.values() for server in servers]),
-        env={
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": path,
-            "HOME": str(top),
-            "VLLM_CACHE_ROOT": str(top / "cache"),
-        },
-        cwd=top,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    answered = iter(json.loads(ran.stdout.splitlines()[-1]))
-    return {name: (folder, [next(answered) for _ in asked[name]]) for name, folder in folders.items()}
+    return ask("vllm", CASES, words, tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.mark.parametrize("name", CASES)
