@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import tempfile
@@ -57,8 +58,9 @@ LAUNCHERS: dict[str, Launcher] = {
 }
 
 
-#: What every emitted file that can hold a comment says at its head.
-_HEAD = re.compile(rb"placer [A-Za-z0-9.+!_-]{1,64} placement ([0-9a-f]{64})")
+#: What every emitted script says in a line of its head.
+_HEAD = re.compile(rb"^(?:# )?placer [A-Za-z0-9.+!_-]{1,64} placement ([0-9a-f]{64})$", re.MULTILINE)
+_STARTED = (".sh", ".py")
 _HEAD_BYTES = 2000
 
 
@@ -139,14 +141,14 @@ def write_files(
 
     They are written whole to a temporary folder inside it and then moved into place, so that a full disk or a killed
     run does not leave half of them. A folder with files of another placement than that of `digest` is refused, since one
-    of its scripts could be started among the new ones; with `force` they are removed.
+    of its scripts could be started among the new ones; nothing is ever removed.
     """
     if not str(out_dir):
         raise InputError("is empty, expected a folder", key="-o")
     folder = Path(out_dir)
     paths = {folder / check_file_name(name): file for name, file in files.items()}
     try:
-        stale = _check_folder(folder, paths, digest, force=force)
+        _check_folder(folder, paths, digest, force=force)
         made = not folder.exists()
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -165,8 +167,6 @@ def write_files(
                 (staging / path.name).chmod(mode | (mode & 0o444) >> 2)
         for path in paths:
             (staging / path.name).replace(path)
-        for path in stale:
-            path.unlink(missing_ok=True)
         done = True
     except OSError as error:
         raise ExportError(f"{folder}: cannot be written: {error.strerror or error}") from None
@@ -179,8 +179,8 @@ def write_files(
 
 def _check_folder(
     folder: Path, paths: Mapping[Path, EmittedFile], digest: str | None, *, force: bool
-) -> list[Path]:
-    """Return the files of another placement in a folder; raise ExportError for what is not to be replaced."""
+) -> None:
+    """Raise ExportError for what is not to be replaced, and for scripts of another placement that would stay."""
     if (folder.exists() or folder.is_symlink()) and not folder.is_dir():
         raise ExportError(f"{folder}: cannot be written: it is a file, expected a folder")
     for path in paths:
@@ -188,20 +188,20 @@ def _check_folder(
             raise ExportError(f"{path}: cannot be written: it is a folder")
         if not force and (path.exists() or path.is_symlink()):
             raise ExportError(f"{path}: exists already and is replaced only with --force")
-    stale = [] if digest is None or not folder.exists() else sorted(_of_others(folder, digest) - set(paths))
-    if stale and not force:
+    stays = sorted(_of_others(folder, digest) - set(paths)) if digest is not None and folder.exists() else []
+    if stays:
+        count = f" and {len(stays) - 1} more" if len(stays) > 1 else ""
         raise ExportError(
-            f"{stale[0]}: is of another placement, and could be started among the new files; state another folder, or "
-            "--force, which removes it"
+            f"{stays[0]}{count}: of another placement, and could be started among the new files; remove what is of that "
+            "placement, or state another folder"
         )
-    return stale
 
 
 def _of_others(folder: Path, digest: str) -> set[Path]:
-    """Return the files in a folder that were emitted from a placement of another digest."""
+    """Return the scripts in a folder that were emitted from a placement of another digest."""
     found: set[Path] = set()
     for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink():
+        if path.suffix in _STARTED and path.is_file() and not path.is_symlink() and os.access(path, os.R_OK):
             with path.open("rb") as stream:
                 head = _HEAD.search(stream.read(_HEAD_BYTES))
             if head is not None and head.group(1).decode() != digest:

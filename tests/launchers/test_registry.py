@@ -392,23 +392,30 @@ def test_visibility_a_launcher_has_not(two_by_four):
 
 
 def test_a_folder_of_another_placement(two_by_four, interleaved, tmp_path):
-    """Scripts of another placement are not left among new ones: refused, and removed with force, but nothing else is."""
+    """Scripts of another placement are not left among new ones, and nothing is removed, whatever it quotes."""
     out = tmp_path / "out"
     emit(two_by_four, "torchrun", out)
-    (out / "notes.txt").write_text("mine")
+    head = f"# placer 0.1.0 placement {two_by_four.digest()}"
+    (out / "notes.txt").write_text(head)
+    (out / "mine.sh").write_text(f"# runs what has the head '{head}'\n")
     (out / "link.sh").symlink_to(out / "notes.txt")
-    for name in ("ranks.tsv", "bind.sh"):
-        (out / name).unlink()
     before = {path.name: path.read_text() for path in out.iterdir()}
-    with pytest.raises(ExportError, match=r"torchrun-node01\.sh: is of another placement"):
-        emit(interleaved, "ranks", out)
-    assert {path.name: path.read_text() for path in out.iterdir()} == before
+    for force in (False, True):
+        with pytest.raises(
+            ExportError, match=r"exists already|torchrun-node01\.sh and 1 more: of another placement"
+        ):
+            emit(interleaved, "ranks", out, force=force)
+        assert {path.name: path.read_text() for path in out.iterdir()} == before
+    for host in ("node01", "node02"):
+        (out / f"torchrun-{host}.sh").unlink()
     emit(interleaved, "ranks", out, force=True)
-    assert sorted(path.name for path in out.iterdir()) == ["bind.sh", "link.sh", "notes.txt", "ranks.tsv"]
-    # Two launchers of one placement may share a folder where their files do.
-    (out / "ranks.tsv").unlink()
-    (out / "bind.sh").unlink()
-    emit(interleaved, "ranks", out)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "bind.sh",
+        "link.sh",
+        "mine.sh",
+        "notes.txt",
+        "ranks.tsv",
+    ]
 
 
 @pytest.mark.parametrize("where", ["", "x" * 300, "file", "dangling"])
