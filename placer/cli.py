@@ -46,6 +46,8 @@ MAX_WORKERS = 64
 MAX_SEED = 2**31 - 1
 #: More files than this are counted and not listed.
 LISTED_FILES = 12
+#: More than this of what `verify` will find in an imported placement.
+LISTED_FINDINGS = 5
 
 Named = TypeVar("Named", bound=str)
 
@@ -409,7 +411,7 @@ def audit(
         typer.Argument(
             metavar="FILE",
             help="A plan file; or files that say where ranks, layers and experts go: a placement, ranks.tsv, a Slurm "
-            "host file, an Open MPI rank file, an expert map, a Megatron layout.",
+            "host file, an Open MPI rank file, what scontrol shows of a job or step, an expert map, a Megatron layout.",
             show_default=False,
         ),
     ] = None,
@@ -475,17 +477,30 @@ def audit(
         typer.Option(
             "--as",
             metavar="KIND",
-            help="What a FILE is, once for each: placement, ranks, slurm, openmpi, layout, expert-map or a format of "
-            "one, auto; by its content unless told.",
+            help="What a FILE is, once for each: placement, ranks, slurm, openmpi, machines, scontrol, layout, expert-map or a "
+            "format of one, auto; by its content unless told.",
             show_default=False,
         ),
     ] = None,
     local_gpus: Annotated[
         str,
         typer.Option(
-            metavar="WORD", help="GPUs of the ranks of a host, in order: all, usable, or indices: 3,1,0,2."
+            metavar="WORD",
+            help="GPUs of the ranks of a host, in order: all, usable, job, or indices: 3,1,0,2.",
         ),
     ] = "all",
+    framework: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Whose rank numbers, where no file says it.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tasks of the hosts of a Slurm step, in order: block:8(x3),4.",
+            show_default=False,
+        ),
+    ] = None,
     time_limit: Annotated[
         float, typer.Option(metavar="SECONDS", help="Stop solving after so many seconds.")
     ] = 20.0,
@@ -511,13 +526,15 @@ def audit(
         return _audit_plan(files, None if no_solve else (time_limit, workers, seed), as_json)
     from placer.audit.placements import AuditWishes
     from placer.audit.stated_problem import StatedProblem
+    from placer.launchers.numbering import FRAMEWORK_NAMES
 
     stated = StatedProblem(
         problem=problem, cluster=cluster, model=model, strategy=strategy, batch=batch, length=length, phase=phase,
         loads=loads,
     )  # fmt: skip
     wishes = AuditWishes(
-        problem=stated, kinds=tuple(kinds or ()), layout=layout, vpp=vpp, local_gpus=local_gpus, solve=not no_solve,
+        problem=stated, kinds=tuple(kinds or ()), layout=layout, vpp=vpp, local_gpus=local_gpus,
+        framework=_one_of(framework, FRAMEWORK_NAMES, "--framework"), tasks=tasks, solve=not no_solve,
         time_limit=time_limit, workers=workers, seed=seed,
     )  # fmt: skip
     return _audit_placement(files, wishes, as_json)
@@ -918,6 +935,7 @@ def emit(
         from placer.report.terminal import launchers_report
 
         named = _one_of(framework, FRAMEWORK_NAMES, "--framework")
+        _one_of(visibility, VISIBILITIES, "--visibility")
         listed = list_launchers(None if placement is None else load_placement(placement), named)
         rows = [(item.name, item.summary, item.cannot) for item in listed]
         _show(launchers_report(rows, of_placement=placement is not None))
@@ -1063,6 +1081,125 @@ def import_routing(
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     _write(output, f'{{"logical_count": [\n{lines}\n]}}\n')
     _show(loads_report(loads, Path(file).name), stderr=output is None)
+    return DONE
+
+
+@import_app.command("placement")
+def import_placement(
+    files: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE...",
+            help="What started it: ranks.tsv, a Slurm host file, an Open MPI rank file, a machine file, `scontrol show "
+            "job -d` or `show step`, a placement; an expert map.",
+            show_default=False,
+        ),
+    ],
+    problem: Annotated[
+        str | None,
+        typer.Option(metavar="PROBLEM", help="Problem file it is a placement of.", show_default=False),
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Cluster file, with --model instead of --problem.", show_default=False
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Model card or config.json.", show_default=False)
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Degrees, such as EP8_TP2_PP1, where no file has coordinates.",
+            show_default=False,
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(metavar="COUNTS", help="Layers of each stage: 10,22.", show_default=False)
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYOUT", help="Or a Megatron pipeline layout: Et*10|t*22L.", show_default=False
+        ),
+    ] = None,
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="in-order",
+            help="Experts lie in order over the EP ranks; no map is given.",
+            show_default=False,
+        ),
+    ] = None,
+    local_gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORD",
+            help="GPUs of the ranks of a host, in order, where no file names them: all, usable, job, or indices: 3,1,0,2.",
+            show_default=False,
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tasks of the hosts of a Slurm step, in order: block:8(x3),4.",
+            show_default=False,
+        ),
+    ] = None,
+    framework: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Whose rank numbers, where no file says it.", show_default=False),
+    ] = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as",
+            metavar="KIND",
+            help="What a FILE is, once for each, as for `placer audit`; by its content unless told.",
+            show_default=False,
+        ),
+    ] = None,
+    output: OutputOption = None,
+    force: ForceOption = False,
+) -> int:
+    """Write the placement that is running, read back from the files that started it.
+
+    `placer verify` reads it, and `max_moves` starts from it. What the files leave open is stated by options.
+    """
+    from placer.audit.imported import ImportWishes
+    from placer.audit.imported import import_placement as read
+    from placer.audit.stated_problem import StatedProblem
+    from placer.launchers.numbering import FRAMEWORK_NAMES
+    from placer.placement import dump_json
+
+    _check_new_file(output, (".json",), force=force)
+    imported = read(
+        files,
+        ImportWishes(
+            problem=StatedProblem(problem=problem, cluster=cluster, model=model, strategy=strategy),
+            kinds=tuple(kinds or ()),
+            layers=layers,
+            layout=layout,
+            tasks=tasks,
+            local_gpus=local_gpus,
+            framework=_one_of(framework, FRAMEWORK_NAMES, "--framework"),
+            experts=experts,
+        ),
+    )
+    _write(output, dump_json(imported.placement.model_dump(mode="json")))
+    for file, word in imported.inputs:
+        _talk(f"read `{file}` as {word}")
+    for text in imported.assumptions:
+        _talk(f"assumed: {text}")
+    for text in imported.notes:
+        _talk(f"note: {text}")
+    for finding in imported.findings[:LISTED_FINDINGS]:
+        _talk(f"note: `placer verify` will find: {finding}")
+    if len(imported.findings) > LISTED_FINDINGS:
+        _talk(f"note: and {len(imported.findings) - LISTED_FINDINGS:,} more")
     return DONE
 
 

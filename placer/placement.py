@@ -95,10 +95,10 @@ class RankRecord(Stated):
 
     rank: Count
     host: Host
-    gpu: Count
+    gpu: Annotated[Count, Field(le=1023)]
     uuid: Device | None = None
     cpus: Cpus | None = None
-    numa: Count | None = None
+    numa: Annotated[Count, Field(le=9999)] | None = None
     nic: Device | None = None
     stage: Count
     dp: Count
@@ -145,6 +145,23 @@ class Certificate(Stated):
     parts: list[PartRecord] = Field(default_factory=list)
 
 
+class LauncherPrice(Stated):
+    """What the launcher that was asked for costs: the objective against that of the best placement found without it.
+
+    `cost_s` is never negative: the placement of this file is one without the launcher too.
+    """
+
+    launcher: Name
+    cost_s: Annotated[Number, Field(ge=0)]
+    without_s: Number = Field(
+        description="modelled objective of the best placement found without the launcher"
+    )
+    without: dict[Name, Number] = Field(description="its modelled step, by scenario")
+    strategy: StrategyName = Field(description="its strategy")
+    why: Prose = Field("", description="why the launcher cannot express it; empty where it can")
+    cut_short: bool = Field(False, description="one of the two searches was ended early")
+
+
 class Placement(Stated):
     """A placement file."""
 
@@ -168,6 +185,9 @@ class Placement(Stated):
     latency: dict[Name, LatencyRecord]
     memory: list[MemoryRecord]
     certificate: Certificate
+    launcher_price: LauncherPrice | None = Field(
+        None, description="what `requirements: {launcher: ...}` costs, as modelled and as far as found"
+    )
     notes: list[Prose] = Field(default_factory=list)
 
     @field_validator("experts", mode="before")

@@ -91,6 +91,13 @@ class Problem:
                 pinned[self.cluster.number[host, index]] = True
         return pinned
 
+    @cached_property
+    def mig(self) -> NDArray[np.bool_]:
+        """(gpus,) whether a GPU is a MIG device by its UUID: it cannot talk to others."""
+        return np.array(
+            [uuid is not None and uuid.startswith("MIG-") for uuid in self.cluster.uuid], dtype=bool
+        )
+
     def seat_mask(self, seat: str) -> NDArray[np.bool_]:
         """Return (gpus,) the GPUs that `node01` or `node01/3` means."""
         host, index = split_seat(seat)

@@ -353,6 +353,9 @@ def test_emit_writes_and_lists(placer: Any, solved: Path, place: Path) -> None:
         (("P", "--to", "ranks", "-o", "d", "--master-port", "0"), "found the port 0"),
         (("P", "--to", "ranks", "-o", "d", "--master-addr", "a b"), "master address"),
         (("P", "--to", "ranks", "-o", "d", "--command", "'x"), "`--command`"),
+        (("P", "--to", "ranks", "-o", "d", "--command", '""'), "begins with an empty word"),
+        (("P", "--to", "ranks", "-o", "d", "--image", "a/b:1"), "ranks starts no containers"),
+        (("--list", "--visibility", "two"), "found 'two', expected one of one, host"),
         (("P", "--to", "ranks", "-o", "d", "--cluster", "none.yaml"), "none.yaml: no such file"),
     ],
 )

@@ -97,7 +97,14 @@ _MAKES = {
         "pin_layers",
         "exclude_layers",
     ),
-    "experts": ("pin_experts", "exclude_experts", "max_imbalance", "redundant_experts", "replicas_across"),
+    "experts": (
+        "pin_experts",
+        "exclude_experts",
+        "max_imbalance",
+        "redundant_experts",
+        "replicas_across",
+        "launcher",
+    ),
 }
 #: Conditions of a conflict that the sentence tells one by one.
 _TOLD = 4

@@ -10,7 +10,10 @@ from dataclasses import dataclass, replace
 from math import lcm
 from typing import Any
 
+from placer.launchers.frameworks import FRAMEWORKS
+from placer.launchers.numbering import HOST_RULES
 from placer.problem import Problem
+from placer.solver.launching import one_copy_each, one_server, whole_groups
 from placer.spec.requirements import BY_ENTRY, SINGLE, ExpertPin, Requirements
 from placer.spec.units import format_bytes, format_time, format_token_rate
 from placer.spec.workload import Scenario
@@ -264,6 +267,24 @@ def _moves(problem: Problem, value: Any) -> str:
     return f"`max_moves` lets {ranks_told(value.ranks)} leave the GPU that `{value.since}` gives {gives}"
 
 
+def _launcher(problem: Problem, value: Any) -> str:
+    """Return what a launcher asks, in the order in which a problem may break it."""
+    rule = HOST_RULES[value]
+    asks: list[str] = []
+    if rule.framework is not None:
+        asks.append(f"degrees that {FRAMEWORKS[rule.framework].title} runs")
+        asks += ["one copy of each expert"] if one_copy_each(problem) else []
+        asks += ["groups of the router whole"] if whole_groups(problem) > 1 else []
+    of_what = "ranks" if one_server(problem) else "every server's ranks"
+    asks += [f"one unbroken run of {of_what} on each host"] if rule.blocked else []
+    asks += ["as many on every host"] if rule.equal else []
+    asks += [f"{of_what} of a host on GPUs of ascending index"] if rule.ascending else []
+    if not asks or problem.mig.any():
+        asks.append("no rank that talks to others on a MIG device")
+    told = asks[0] if len(asks) == 1 else f"{', '.join(asks[:-1])} and {asks[-1]}"
+    return f"`launcher: {value}` wants {told}"
+
+
 _PHRASES: dict[str, Callable[[Problem, Any], str]] = {
     "max_gpus": lambda problem, value: (
         f"`max_gpus: {value}` allows {value} of {int(problem.allowed.sum())} free GPUs"
@@ -285,7 +306,7 @@ _PHRASES: dict[str, Callable[[Problem, Any], str]] = {
     ),
     "max_ttft": lambda problem, value: f"`max_ttft: {format_time(value)}` limits every prefill step",
     "max_tpot": lambda problem, value: f"`max_tpot: {format_time(value)}` limits every decode step",
-    "launcher": lambda problem, value: f"`launcher: {value}` wants what {value} can express",
+    "launcher": _launcher,
     "max_moves": _moves,
 }
 _ENTRY_PHRASES: dict[str, Callable[[Problem, Any, Any], str]] = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from placer.explain.members import DEGREES, Member, with_parts
 from placer.explain.searching import TRIES, Change, Found, Searcher, refuted
+from placer.launchers.numbering import HOST_RULES
 from placer.problem import Problem
 from placer.report.explanation import Edit
 from placer.spec.requirements import split_seat
@@ -279,6 +280,29 @@ def _workload(finder: Searcher, problem: Problem, member: Member, out: Found) ->
     return None if found is None else replace(found, smallest=found.smallest and steady)
 
 
+def _launcher(finder: Searcher, problem: Problem, member: Member, out: Found) -> Found | None:
+    """Another launcher: of the same framework, then of any program, then of another framework; of those that ask alike, one."""
+    # Imported here: templates and all, it is wanted by the few problems that name a launcher.
+    from placer.launchers.registry import LAUNCHERS
+
+    stated = problem.requirements.launcher or ""
+    own = HOST_RULES[stated]
+    others = [name for name in HOST_RULES if name in LAUNCHERS and HOST_RULES[name] != own]
+    first_of = {HOST_RULES[name]: name for name in reversed(others)}
+
+    def distance(name: str) -> tuple[bool, bool, int]:
+        rule = HOST_RULES[name]
+        other = rule.framework is not None and rule.framework != own.framework
+        return (
+            other,
+            rule.framework is None,
+            sum(getattr(rule, asked) != getattr(own, asked) for asked in ("blocked", "equal", "ascending")),
+        )
+
+    names = sorted(first_of.values(), key=distance)
+    return finder.first((_requirement(problem, member, "launcher", name, name) for name in names), out)
+
+
 PROPOSALS: dict[str, Callable[[Searcher, Problem, Member, Found], Found | None]] = {
     "max_gpus": _max_gpus,
     "memory_reserve": _memory_reserve,
@@ -290,6 +314,7 @@ PROPOSALS: dict[str, Callable[[Searcher, Problem, Member, Found], Found | None]]
     "max_ttft": _time,
     "max_tpot": _time,
     "min_throughput": _time,
+    "launcher": _launcher,
     "max_moves": _max_moves,
     "strategy": _strategy,
     "tp_within": _level,

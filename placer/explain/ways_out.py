@@ -141,6 +141,7 @@ _ORDER = (
     "min_throughput",
     "max_moves",
     "divide_evenly",
+    "launcher",
     "strategy",
     "tp_within",
     "ep_within",
@@ -153,7 +154,6 @@ _ORDER = (
     "exclude_ranks",
     "pin_gpus",
     "exclude",
-    "launcher",
     "workload",
 )
 

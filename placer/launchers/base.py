@@ -10,7 +10,16 @@ from typing import ClassVar, Literal
 
 from placer.errors import ExportError, InputError
 from placer.launchers.frameworks import FRAMEWORKS
-from placer.launchers.job import Job, Placed, by_host, job_of, mig_in_a_group, not_blocked, unequal
+from placer.launchers.job import (
+    Job,
+    Placed,
+    by_host,
+    job_of,
+    mig_beside_others,
+    mig_in_a_group,
+    not_blocked,
+    unequal,
+)
 from placer.launchers.numbering import HOST_RULES, FrameworkName, HostRule, hosts_admitted
 from placer.launchers.scripts import EmittedFile
 from placer.launchers.soundness import check_placement
@@ -57,6 +66,10 @@ class Options:
                     check_host(self.master_addr)
                 except ValueError as error:
                     raise InputError(f"the master address cannot be used: {error}") from None
+        if self.command and not self.command[0]:
+            raise InputError(
+                "found a command that begins with an empty word, expected a program or an argument"
+            )
         for word in self.command:
             if not word.isprintable():
                 raise InputError(f"found {word[:60]!r} in the command, expected words without line breaks")
@@ -84,6 +97,8 @@ class Launcher(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     visibilities: ClassVar[tuple[Visibility, ...]] = ("one", "host")
+    #: Whether what it starts are containers, of the image in the options.
+    containers: ClassVar[bool] = False
 
     @property
     def rule(self) -> HostRule:
@@ -151,9 +166,26 @@ class Launcher(ABC):
         reason = self.cannot(placement, options.framework)
         if reason is not None:
             raise ExportError(f"{self.name} cannot express this placement: {reason}")
+        if options.image is not None and not self.containers:
+            raise ExportError(
+                f"found the image {options.image}, and {self.name} starts no containers: leave it out"
+            )
         job = self.job(placement, options.framework)
+        if self.visibility(options) == "host":
+            self._check_mig(job)
         experts = FRAMEWORKS[job.framework].expert_files(job) if job.framework is not None else {}
         return self.render(job, options) | experts
+
+    def _check_mig(self, job: Job) -> None:
+        """Raise ExportError where a process would see a MIG device among others."""
+        framework = self.rule.framework
+        for server in [job] if framework is None else job.servers(framework):
+            reason = mig_beside_others(server)
+            if reason is not None:
+                advice = ": use `--visibility one`" if "one" in self.visibilities else ""
+                raise ExportError(
+                    f"{self.name} cannot start processes with `--visibility host`, as {reason}{advice}"
+                )
 
 
 def hosts_refused(job: Job, rule: HostRule) -> str | None:

@@ -44,7 +44,8 @@ def env_scripts(
     variable that names the host, where processes have a host name of their own; the wrapper is to be made with the same.
     """
     table, script = (check_file_name(name) for name in wrapper)
-    exact = short_names_clash(job.hosts)
+    exact, master = short_names_clash(job.hosts), options.master(job)
+    beside = {name: file.sha256 for name, file in wrapper.items()}
 
     def text(name: str, number: int, host: HostRanks) -> str:
         return render_template(
@@ -62,8 +63,8 @@ def env_scripts(
             grace=GRACE,
             table=table,
             wrapper=script,
-            beside={name: file.sha256 for name, file in wrapper.items()},
-            master_addr=options.master(job),
+            beside=beside,
+            master_addr=master,
             master_port=options.master_port,
             host_variable=host_variable,
             needs_arguments=not options.command,

@@ -149,7 +149,7 @@ def by_host(ranks: Sequence[RankRecord]) -> list[HostRanks]:
 
 def short_names_clash(hosts: Sequence[HostRanks]) -> bool:
     """Whether two hosts differ only in their domains, so that a short name does not tell which of them it is."""
-    return len({host.host.partition(".")[0] for host in hosts}) < len(hosts)
+    return len({host.host.partition(".")[0].lower() for host in hosts}) < len(hosts)
 
 
 def not_blocked(ranks: Sequence[RankRecord]) -> str | None:
@@ -186,6 +186,18 @@ def mig_in_a_group(placed: Placed) -> str | None:
                         f"rank {record.rank} is on the MIG device {record.uuid} of {record.host}, which cannot talk to "
                         f"the others of its {name} group of {degree} ranks"
                     )
+    return None
+
+
+def mig_beside_others(job: Job) -> str | None:
+    """Return a sentence on the first host with a MIG device and another GPU, or None: a CUDA process takes one MIG device."""
+    for host in job.hosts:
+        mig = [record for record in host.ranks if (record.uuid or "").startswith("MIG-")]
+        if mig and len(host.ranks) > 1:
+            return (
+                f"rank {mig[0].rank} is on the MIG device {mig[0].uuid}, and a process that sees all {len(host.ranks)} "
+                f"devices of {host.host} takes one of them alone"
+            )
     return None
 
 

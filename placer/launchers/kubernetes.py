@@ -55,6 +55,7 @@ class Kubernetes(Launcher):
     name = "kubernetes"
     summary = "JobSet with one pod per host, all GPUs of each node, and the scripts in ConfigMaps; needs --image, --command, --cluster"
     visibilities = ("host", "one")
+    containers = True
 
     def refuses(self, job: Job) -> str | None:
         """Return why not: hosts that no node can be named after, and parts of GPUs."""

@@ -2,7 +2,7 @@
 
 A rank has the number it has in the placement: Megatron's default order `tp-cp-ep-dp-pp` is the placement's own, for the
 grid of attention and for that of the experts. `--use-tp-pp-dp-mapping` would number ranks otherwise, so the scripts
-refuse it, and other ways to say how layers lie on stages. The degrees come behind the user's own arguments, where the last of
+refuse it, and other ways to say how layers lie on stages. Its parser takes no name cut short (`allow_abbrev=False`). The degrees come behind the user's own arguments, where the last of
 two wins.
 
 Argument names and their conflicts as in Megatron-LM core 0.16 (`megatron/training/arguments.py`, `transformer_config.py`);
@@ -12,12 +12,12 @@ expert TP by `--expert-tensor-parallel-num-weight-shards` instead, which was not
 
 from __future__ import annotations
 
-from placer.errors import ExportError
 from placer.launchers.base import Launcher, Options
 from placer.launchers.frameworks import FRAMEWORKS, slots_and_experts
 from placer.launchers.job import Job, layer_count
 from placer.launchers.ranks import wrapper_files
 from placer.launchers.scripts import EmittedFile
+from placer.launchers.servers import check_words
 from placer.launchers.torchrun import torchrun_scripts
 
 ARGUMENT_FILE = "megatron-arguments.txt"
@@ -52,10 +52,7 @@ class Megatron(Launcher):
 
         Raises ExportError for a command that has arguments against the placement.
         """
-        for reason, names in REFUSED.items():
-            for word in options.command:
-                if word.partition("=")[0] in names:
-                    raise ExportError(f"found {word[:60]} in the command, but {reason}")
+        check_words(options, REFUSED, whole_names=True)
         # The numbers are the placement's own, and Megatron's at once.
         (server,) = job.servers("megatron")
         wrapper = wrapper_files(server, options, self.visibility(options), listed=True)
@@ -69,6 +66,7 @@ class Megatron(Launcher):
             notes=_notes(job, list(experts)),
             after=arguments,
             refused=REFUSED,
+            whole_names=True,
         )
         return wrapper | {ARGUMENT_FILE: EmittedFile("\n".join([*arguments, ""]))} | experts | scripts
 

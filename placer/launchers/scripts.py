@@ -79,6 +79,7 @@ def host_scripts(
     needs_arguments: bool = False,
     after: Sequence[str] = (),
     refused: Mapping[str, Sequence[str]] | None = None,
+    whole_names: bool = False,
     cleared: Sequence[str] = (),
 ) -> dict[str, EmittedFile]:
     """Return `NAME-HOST.sh` for every host of `ranks`, all of the job unless told, in the order of their first.
@@ -86,8 +87,8 @@ def host_scripts(
     Each checks its host, shows the command that host's GPUs in rank order, and becomes what `command` returns for the
     host's number and ranks, with the arguments given to the script. `beside` are emitted files the command reads: the
     script refuses to run when one is missing or not the one made with it. `notes` are lines under the usage. `after` are
-    words behind the arguments given to the script. `refused` are arguments it does not take, by the reason. `cleared` are
-    environment variables the command is not to have.
+    words behind the arguments given to the script. `refused` are arguments it does not take, by the reason; also cut short,
+    unless the parser takes `whole_names` alone. `cleared` are environment variables the command is not to have.
     """
     hosts = job.hosts if ranks is None else by_host(ranks)
     exact = short_names_clash(job.hosts)
@@ -118,6 +119,7 @@ def host_scripts(
             needs_arguments=needs_arguments,
             after=after,
             refused=refused or {},
+            whole_names=whole_names,
             cleared=cleared,
         )
         scripts[file] = EmittedFile(text, executable=True)

@@ -7,6 +7,7 @@ Copy k of one stage and copy k of every other make replica k.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,12 +102,26 @@ def expert_notes(files: Mapping[str, EmittedFile]) -> list[str]:
     ]
 
 
-def check_words(options: Options, refused: Mapping[str, Sequence[str]]) -> None:
+def check_words(options: Options, refused: Mapping[str, Sequence[str]], *, whole_names: bool = False) -> None:
     """Raise ExportError for a command that has an argument which is refused, by the reason."""
     for reason, names in refused.items():
         for word in options.command:
-            if word.partition("=")[0] in names:
+            if is_argument(word, names, whole_names=whole_names):
                 raise ExportError(f"found {word[:60]} in the command, but {reason}")
+
+
+def is_argument(word: str, names: Sequence[str], *, whole_names: bool = False) -> bool:
+    """Whether a parser could take a word for an argument of these names: with `_` for `-`, or cut short unless `whole_names`.
+
+    vLLM takes `--name.key` for a part of `--name`, and any parser `-n2` for `-n 2`.
+    """
+    given = re.split(r"[=.]", word, maxsplit=1)[0].replace("_", "-")
+    if not re.match(r"-.*[^-]", given):
+        return False
+    known = [name.replace("_", "-") for name in names]
+    if whole_names:
+        return given in known
+    return any(name.startswith(given) or (len(name) == 2 and given.startswith(name)) for name in known)
 
 
 def stage_ranks(job: Job) -> int:

@@ -52,10 +52,20 @@ REFUSED = {
         "--dp-size",
         "--data-parallel-size",
         "--attn-dp-size",
+        "--attention-data-parallel-size",
+        "--attn-cp-size",
+        "--attention-context-parallel-size",
+        "--moe-dp-size",
+        "--moe-data-parallel-size",
         "--base-gpu-id",
         "--gpu-id-step",
     ),
-    "the placement says where each expert is": ("--init-expert-location", "--ep-num-redundant-experts"),
+    "the placement says where each expert is": (
+        "--init-expert-location",
+        "--ep-num-redundant-experts",
+        "--enable-eplb",
+    ),
+    "what a file of arguments says is not looked at: state its arguments here": ("--config",),
 }
 
 

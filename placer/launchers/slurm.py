@@ -44,6 +44,8 @@ class Slurm(Launcher):
             digest=job.digest,
             framework=job.framework or "",
             ranks=len(job.ranks),
+            master_addr=options.master(job),
+            master_port=options.master_port,
             hosts=len(job.hosts),
             nodelist=fold_hosts([host.host for host in job.hosts]),
             beside={file: emitted.sha256 for file, emitted in beside.items()},

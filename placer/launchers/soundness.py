@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 from pydantic import ValidationError
 from pydantic_core import PydanticSerializationError
 
 from placer.errors import InputError
 from placer.launchers.job import in_rank_order
-from placer.placement import Placement
+from placer.placement import Placement, RankRecord
 from placer.strategy import Shape
 
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
@@ -48,6 +49,7 @@ def _check_ranks(placement: Placement) -> None:
             found = "is missing" if record.rank > number else "is listed twice"
             raise InputError(f"rank {min(number, record.rank)} {found}", key="ranks")
     gpus: dict[tuple[str, int], int] = {}
+    hosts: dict[str, str] = {}
     uuids: dict[str, int] = {}
     for record in ranks:
         first = gpus.setdefault((record.host, record.gpu), record.rank)
@@ -55,12 +57,19 @@ def _check_ranks(placement: Placement) -> None:
             raise InputError(
                 f"ranks {first} and {record.rank} are both on GPU {record.host}/{record.gpu}", key="ranks"
             )
+        other = hosts.setdefault(record.host.lower(), record.host)
+        if other != record.host:
+            raise InputError(
+                f"the hosts {other} and {record.host} differ in upper and lower case alone, and are one to the network",
+                key="ranks",
+            )
         if record.uuid is not None:
-            first = uuids.setdefault(record.uuid, record.rank)
+            first = uuids.setdefault(record.uuid.lower(), record.rank)
             if first != record.rank:
                 raise InputError(
                     f"ranks {first} and {record.rank} have the same UUID {record.uuid}", key="ranks"
                 )
+    _check_beginnings(ranks)
     expected: list[tuple[int, ...]] = []
     for number, stage in enumerate(placement.strategy.stages):
         try:
@@ -80,6 +89,21 @@ def _check_ranks(placement: Placement) -> None:
             raise InputError(
                 f"rank {record.rank} is at (stage, dp, tp, ep, etp, edp) {found_at}, "
                 f"but the strategy numbers it {wanted}",
+                key="ranks",
+            )
+
+
+def _check_beginnings(ranks: list[RankRecord]) -> None:
+    """CUDA takes the beginning of a UUID for the whole: on a host, none may begin as another is."""
+    known = sorted(
+        ((record.host, record.uuid.lower(), record) for record in ranks if record.uuid is not None),
+        key=lambda each: each[:2],
+    )
+    for (host, short, one), (other_host, long, other) in pairwise(known):
+        if host == other_host and long.startswith(short):
+            raise InputError(
+                f"ranks {one.rank} and {other.rank} are on {host} with the UUIDs {one.uuid} and {other.uuid}, and the "
+                "first could be either: state both in full",
                 key="ranks",
             )
 

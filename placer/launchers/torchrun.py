@@ -42,6 +42,7 @@ def torchrun_scripts(
     notes: Sequence[str] = (),
     after: Sequence[str] = (),
     refused: Mapping[str, Sequence[str]] | None = None,
+    whole_names: bool = False,
 ) -> dict[str, EmittedFile]:
     """Return `NAME-HOST.sh` for every host: torchrun, which starts the wrapper for every rank there.
 
@@ -73,5 +74,6 @@ def torchrun_scripts(
         needs_arguments=not options.command,
         after=after,
         refused=refused,
+        whole_names=whole_names,
         cleared=CLEARED,
     )

@@ -68,7 +68,7 @@ class Trtllm(Launcher):
         ExportError when the ports, the address or the command in `options` cannot be.
         """
         self.visibility(options)
-        check_words(options, REFUSED)
+        check_words(options, REFUSED, whole_names=True)
         experts = FRAMEWORKS["trtllm"].expert_files(job)
         map_file = experts.pop(MAP_FILE, None)
         files = dict(experts)

@@ -43,21 +43,15 @@ _RANKS = (
     "--data-parallel-hybrid-lb -dph --data-parallel-external-lb -dpe --data-parallel-multi-port-external-lb -dpm"
 )
 _EXPERTS = (
-    "--enable-expert-parallel -ep --no-enable-expert-parallel --expert-placement-strategy --enable-eplb --eplb-config "
-    "--enable-elastic-ep"
+    "--enable-expert-parallel -ep --no-enable-expert-parallel --disable-expert-parallel --expert-placement-strategy "
+    "--enable-eplb --eplb-config --enable-elastic-ep"
 )
-
-
-def _spellings(names: str) -> list[str]:
-    """Return the names as vLLM's parser takes them: also with `_` for `-`."""
-    found = names.split()
-    return found + [f"--{name[2:].replace('-', '_')}" for name in found if "-" in name[2:]]
-
 
 #: Arguments that would move ranks or experts away from where the placement has them.
 REFUSED: Mapping[str, Sequence[str]] = {
-    "the placement says which rank is on which GPU": _spellings(_RANKS),
-    "the placement says where each expert is": _spellings(_EXPERTS),
+    "the placement says which rank is on which GPU": _RANKS.split(),
+    "the placement says where each expert is": _EXPERTS.split(),
+    "what a file of arguments says is not looked at: state its arguments here": ["--config"],
 }
 
 

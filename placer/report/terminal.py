@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from placer.placement import Certificate, Placement, RankRecord
+from placer.placement import Certificate, LauncherPrice, Placement, RankRecord
 from placer.report.tables import (
     MAX_COLUMNS,
     add_row,
@@ -55,6 +55,8 @@ def placement_report(
     parts += _memory(placement, everything=all_ranks)
     parts += _latency(placement)
     parts.append(certificate_report(placement.certificate, len(placement.latency), cut_by))
+    if placement.launcher_price is not None:
+        parts.append(line(launcher_price_text(placement.launcher_price, len(placement.latency))))
     parts += [line((f"note: {note}", "dim")) for note in placement.notes]
     return Group(*parts)
 
@@ -256,6 +258,25 @@ def certificate_report(certificate: Certificate, scenarios: int, cut_by: str) ->
     if certificate.cut_short:
         return Group(result, line((f"search cut short by {cut_by}", "yellow")))
     return result
+
+
+def launcher_price_text(price: LauncherPrice, scenarios: int) -> str:
+    """Return what a launcher costs, as modelled and as far as found, in one sentence."""
+    start = f"launcher {price.launcher} costs"
+    if price.cost_s == 0 and price.cut_short:
+        return (
+            f"{start} nothing as far as found: nothing better was found without it in the time that there was"
+        )
+    if price.cost_s == 0:
+        return f"{start} nothing: the best found without it is one it can express"
+    found = "found in the time that there was" if price.cut_short else "found"
+    share = percent(price.cost_s / price.without_s) if price.without_s > 0 else "-"
+    step = "a step" if scenarios == 1 else "a step in the weighted mean"
+    why = f" ({price.why})" if price.why else ""
+    return (
+        f"{start} {format_time(price.cost_s)} {step} ({share}), as modelled: without it, {format_time(price.without_s)} is "
+        f"the best {found}, {price.strategy}, which it cannot express{why}"
+    )
 
 
 def no_placement_report(model: str, cluster: str, file: str, reasons: Sequence[str]) -> Text:

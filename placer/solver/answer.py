@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from placer import verify
 from placer.cost.constants import model_digest
@@ -14,6 +15,7 @@ from placer.errors import SolverError
 from placer.placement import (
     Certificate,
     LatencyRecord,
+    LauncherPrice,
     MemoryRecord,
     PartRecord,
     Placement,
@@ -23,6 +25,7 @@ from placer.placement import (
     strategy_record,
 )
 from placer.problem import Problem
+from placer.solver import launched
 from placer.solver.clock import Clock
 from placer.solver.existence import exists
 from placer.solver.search import Progress, Result, Search
@@ -43,16 +46,34 @@ def solve(
 ) -> tuple[Result, Placement | None]:
     """Return what the search came to, and the placement when there is one.
 
-    The placement is re-checked from the inputs; SolverError is raised rather than a placement that fails.
+    The placement is re-checked from the inputs; SolverError is raised rather than a placement that fails. Where a launcher is
+    asked for, it says what that costs.
     """
     clock = clock or Clock(time_limit)
     with clock.catching_interrupt():
-        result = search(problem, clock, workers=workers, seed=seed, report=report)
-        if result.status == "nothing found":
-            result = _by_exact_models(problem, result, clock, seed)
+
+        def tell(asked: Problem, progress: Progress) -> None:
+            free = asked.requirements.launcher != problem.requirements.launcher
+            what = f"{progress.what}, without the launcher" if free else progress.what
+            if report is not None:
+                report(replace(progress, elapsed=clock.elapsed, what=what))
+
+        def find(asked: Problem, part: Clock) -> Result:
+            found = search(asked, part, workers=workers, seed=seed, report=partial(tell, asked))
+            if found.status == "nothing found":
+                found = _by_exact_models(asked, found, part, seed)
+            return found
+
+        price: LauncherPrice | None = None
+        if problem.requirements.launcher is None:
+            result = find(problem, clock)
+        else:
+            result, price = launched.search(problem, clock, find)
         if result.plan is None:
             return result, None
         placement = make_placement(problem, result, seed)
+        if price is not None:
+            placement = placement.model_copy(update={"launcher_price": price})
         findings = verify.check_placement(placement, problem)
     if findings:
         raise SolverError(

@@ -16,6 +16,7 @@ from placer.cost.latency import CostModel, ExpertForms
 from placer.problem import Problem
 from placer.solver.experts.bound import layer_bounds
 from placer.solver.experts.task import ExpertTask
+from placer.solver.launching import groups_kept
 from placer.solver.stages import StageCosts
 from placer.spec.dtypes import BYTES_PER_VALUE
 from placer.strategy import Shape
@@ -160,6 +161,7 @@ class StrategyBound:
                         top_k=stated.moe.top_k,
                         ep=shape.ep,
                         slots_per_rank=problem.slots // shape.ep,
+                        groups=groups_kept(problem, shape),
                     )
                     for form in self._cases(n, group, shape, ideal, seated)
                 ]

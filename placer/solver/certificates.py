@@ -12,7 +12,8 @@ import numpy as np
 
 from placer.cost.memory import MIN_ACTIVATION_BYTES, RUNTIME_BYTES, least_activations, weight_bytes
 from placer.problem import Problem
-from placer.solver.counting import woven
+from placer.solver.counting import copies_refused, woven
+from placer.solver.launching import one_server, rule_of
 from placer.spec.dtypes import BYTES_PER_VALUE
 from placer.spec.units import format_bytes
 
@@ -33,7 +34,16 @@ class Certificate:
 
 def first(problem: Problem) -> Certificate | None:
     """Return the first proof that applies; None where counting over all strategies proves nothing."""
-    for rule in (no_gpu, pinned_twice, pinned_ranks, pinned_runs, groups_within, total_memory, copies):
+    for rule in (
+        no_gpu,
+        pinned_twice,
+        pinned_ranks,
+        pinned_runs,
+        groups_within,
+        total_memory,
+        copies,
+        one_copy,
+    ):
         found = rule(problem)
         if found is not None:
             return found
@@ -139,7 +149,8 @@ def _overfull(problem: Problem, ranks: list[int], gpus: int) -> Certificate:
 def pinned_runs(problem: Problem) -> Certificate | None:
     """Ranks pinned to a host leave room for those between them, where a launcher numbers each host in one run."""
     stated = problem.requirements
-    if stated.launcher != "torchrun":
+    # Where each server has ranks of its own, which ranks these are depends on the degrees: `counting.pinned_runs` looks there.
+    if not (rule_of(problem).blocked and one_server(problem)):
         return None
     found = woven(problem, {rank: rank for rank in stated.pin_ranks})
     if found is None:
@@ -274,6 +285,17 @@ def copies(problem: Problem) -> Certificate | None:
         problem.slots,
         moe.experts * most,
     )
+
+
+def one_copy(problem: Problem) -> Certificate | None:
+    """A launcher whose framework has experts contiguously has as many slots as experts."""
+    found = copies_refused(problem)
+    if found is None:
+        return None
+    experts = problem.model.moe.experts if problem.model.moe else 0
+    members = ("launcher", "redundant_experts")
+    sentence = f"`redundant_experts: {problem.requirements.redundant_experts}` {found}"
+    return Certificate("one copy", members, sentence, problem.slots, experts)
 
 
 def domains_of_a_group(problem: Problem) -> int:

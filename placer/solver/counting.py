@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from placer.placement import RankRecord, StageRecord, StrategyRecord
 from placer.problem import Problem
+from placer.solver.launching import barred_hosts, keeps_off_mig, one_copy_each
 from placer.solver.seat_groups import group_levels, hosts_admitted, launch_runs, wants_equal_hosts
 from placer.solver.stages import FORBIDDEN, MemoryTable, StageMemory, least_layers
 from placer.spec.units import format_bytes
@@ -266,15 +267,15 @@ def woven(problem: Problem, rank_at: dict[int, int]) -> str | None:
     free = np.bincount(host_of[problem.allowed], minlength=len(problem.cluster.hosts))
     for host, places in fixed.items():
         first, last, name = min(places), max(places), problem.cluster.hosts[host]
+        these = f"ranks {rank_at[first]} to {rank_at[last]}"
+        if rank_at[last] - rank_at[first] != last - first:
+            these = f"ranks from {rank_at[first]} to {rank_at[last]}, in the order of their server,"
         for place, hosts in hosts_of.items():
             if first < place < last and host not in hosts:
-                return (
-                    f"keeps the ranks {rank_at[first]} to {rank_at[last]} on {name} in one run, and rank "
-                    f"{rank_at[place]} may not be there"
-                )
+                return f"keeps the {these} on {name} in one run, and rank {rank_at[place]} may not be there"
         if last - first + 1 > free[host]:
             return (
-                f"keeps the ranks {rank_at[first]} to {rank_at[last]} on {name} in one run of {last - first + 1}, and "
+                f"keeps the {these} on {name} in one run of {last - first + 1}, and "
                 f"{int(free[host])} of its GPUs may be used"
             )
     return None
@@ -345,6 +346,54 @@ def launcher(case: Case) -> Objection | None:
     record = StrategyRecord(name=case.strategy.name(), stages=stages)
     reason = launcher_named(name).cannot_degrees(_Sketch(record, [], {0: [[0]]} if model.moe else {}))
     return None if reason is None else Objection("launcher", f"cannot be started by `{name}`: {reason}")
+
+
+def one_copy(case: Case) -> Objection | None:
+    """A launcher whose framework has experts contiguously has as many slots as experts."""
+    found = copies_refused(case.problem)
+    return None if found is None else Objection("launcher", found)
+
+
+def copies_refused(problem: Problem) -> str | None:
+    """Return why the slots are too many for the launcher, in a clause; None where they are not."""
+    moe, name = problem.model.moe, problem.requirements.launcher
+    if moe is None or problem.slots == moe.experts or not one_copy_each(problem):
+        return None
+    return f"makes {problem.slots} slots of {moe.experts} experts, and `{name}` has one copy of each"
+
+
+def usable_hosts(case: Case) -> Objection | None:
+    """Ranks have GPUs on hosts whose names the launcher can use."""
+    problem, ranks = case.problem, case.strategy.ranks
+    off = barred_hosts(problem)
+    if off is None:
+        return None
+    there = int((problem.allowed & ~off).sum())
+    if ranks <= there:
+        return None
+    host = problem.cluster.hosts[int(problem.cluster.host_of[off][0])]
+    return Objection(
+        "launcher",
+        f"has {_count(ranks, 'rank')}, and {_count(there, 'free GPU')} that {'is' if there == 1 else 'are'} on hosts whose "
+        f"names `{problem.requirements.launcher}` can use, unlike {host}",
+        ranks / (there + 1),
+    )
+
+
+def mig_devices(case: Case) -> Objection | None:
+    """Ranks that talk to others have GPUs that are no MIG devices, where a launcher must be able to start them."""
+    problem, shapes = case.problem, case.strategy.stages
+    ranks = sum(shape.ranks for shape in shapes if keeps_off_mig(problem, shape))
+    there = int((problem.allowed & ~problem.mig).sum())
+    if ranks <= there or not problem.mig.any():
+        return None
+    name = problem.requirements.launcher
+    return Objection(
+        "launcher",
+        f"has {_count(ranks, 'rank')} that talk to others, which MIG devices cannot, so that `{name}` does not start them "
+        f"there, and {_count(there, 'free GPU')} that {'is' if there == 1 else 'are'} none",
+        ranks / (there + 1),
+    )
 
 
 def equal_hosts(case: Case) -> Objection | None:
@@ -454,6 +503,9 @@ RULES: tuple[Callable[[Case], Objection | None], ...] = (
     pinned_runs,
     max_slots,
     launcher,
+    one_copy,
+    usable_hosts,
+    mig_devices,
     equal_hosts,
     groups_on_free_gpus,
     memory,

@@ -33,7 +33,7 @@ class ExpertRefusals:
         for group, stated in enumerate(problem.model.groups):
             layers = [layer for layer in problem.model.moe_layers if problem.model.group_of[layer] == group]
             rules = rules_of(problem, shape, None, layers)
-            if stated.moe is None or rules.empty:
+            if stated.moe is None or rules.kept_in_order:
                 continue
             task = expert_task(problem, self.cost, shape, make_layout(problem, shape, gpus), group, layers)
             start = in_order(task.experts, task.slots, task.ep, task.layers)

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.problem import Problem
+from placer.solver.launch_seats import arranged, laid
+from placer.solver.launching import barred
 from placer.solver.run_seats import seats_in_runs
 from placer.solver.seat_groups import group_levels, launch_runs, wants_equal_hosts
 from placer.solver.seat_rules import keeps_all
@@ -38,13 +40,18 @@ def quick_seats(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int])
             gpus = _in_this_order(problem, shapes, needs, order, free)
             if gpus is None:
                 continue
-            for seats in (gpus, with_pins(problem, gpus)) if problem.rank_masks else (gpus,):
+            ordered = arranged(problem, shapes, gpus)
+            tried = [ordered]
+            if problem.rank_masks:
+                tried += [with_pins(problem, gpus), with_pins(problem, ordered)]
+            for seats in tried:
                 if keeps_all(problem, shapes, seats) and _has_room(problem, needs, seats):
                     return seats
-    if problem.rank_masks and launch_runs(problem, shapes):
-        return next(
-            (gpus for gpus in seats_in_runs(problem, shapes, needs) if keeps_all(problem, shapes, gpus)), None
-        )
+    if launch_runs(problem, shapes):
+        found = seats_in_runs(problem, shapes, needs) if problem.rank_masks else laid(problem, shapes, needs)
+        for gpus in found:
+            if keeps_all(problem, shapes, gpus) and _has_room(problem, needs, gpus):
+                return gpus
     return None
 
 
@@ -148,6 +155,9 @@ def _in_this_order(
 def _stage(problem: Problem, shape: Shape, need: int, free: Mask) -> Ints | None:
     """Return the GPUs of one stage, for the smallest room that is enough with the GPUs that have it."""
     fits = free & (problem.memory_limit >= need)
+    off = barred(problem, shape)
+    if off is not None:
+        fits &= ~off
     limits = np.unique(problem.memory_limit[fits])
     for most in limits.tolist():
         # The least roomy GPUs first, and all that fit in the end.

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from placer.cost.latency import CostModel
 from placer.problem import Problem
+from placer.solver.launching import barred
 from placer.strategy import Shape
 
 Ints = NDArray[np.int64]
@@ -33,8 +34,10 @@ class StageSeat:
 
 
 def eligible(problem: Problem, seat: StageSeat) -> Mask:
-    """Return (gpus,) which GPUs a rank of the stage may be on: allowed, and with room."""
-    return np.asarray(problem.allowed & (problem.memory_limit >= seat.need))
+    """Return (gpus,) which GPUs a rank of the stage may be on: allowed, with room, and none that the launcher bars."""
+    fits = problem.allowed & (problem.memory_limit >= seat.need)
+    off = barred(problem, seat.shape)
+    return np.asarray(fits if off is None else fits & ~off)
 
 
 def type_choices(problem: Problem, cost: CostModel, seats: list[StageSeat]) -> Iterator[Mask]:

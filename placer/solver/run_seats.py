@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.problem import Problem
+from placer.solver.launching import barred
 from placer.solver.seat_groups import group_levels, launch_runs, wants_equal_hosts
 from placer.strategy import Shape
 
@@ -23,7 +24,12 @@ Block = tuple[int, int, int]
 def seats_in_runs(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int]) -> Iterator[list[Ints]]:
     """Yield GPUs of every stage in rank order, hosts laid along the runs of the launcher around the pinned ranks."""
     runs = launch_runs(problem, shapes)
-    fits = np.flatnonzero(problem.allowed & (problem.memory_limit >= max(needs)))
+    eligible = problem.allowed & (problem.memory_limit >= max(needs))
+    for shape in dict.fromkeys(shapes):
+        off = barred(problem, shape)
+        if off is not None:
+            eligible &= ~off
+    fits = np.flatnonzero(eligible)
     by_host: dict[int, list[int]] = {}
     for gpu in fits.tolist():
         by_host.setdefault(int(problem.cluster.host_of[gpu]), []).append(gpu)

@@ -24,7 +24,7 @@ from placer.problem import Problem
 from placer.solver import counting, ranks, stages
 from placer.solver.bound import Ideal, StrategyBound, ideal_for
 from placer.solver.clock import Clock
-from placer.solver.expert_refusals import ExpertRefusals
+from placer.solver.expert_refusals import ExpertRefusals, in_order
 from placer.solver.experts import bound as expert_bound
 from placer.solver.experts import model as expert_model
 from placer.solver.experts import placing, swaps
@@ -357,20 +357,26 @@ class Search:
                 if not self.problem.model.groups[group].moe:
                     continue
                 task = expert_task(self.problem, self.cost, plan.shape, layout, group, layers)
+                rules = rules_of(self.problem, plan.shape, plan.gpus, layers)
                 if before:
                     slots = np.stack([before[layer] for layer in layers])
+                elif rules.groups > 1:
+                    slots = in_order(task.experts, task.slots, task.ep, task.layers)
                 else:
                     slots = placing.place_task(task, layers, self.clock, seed=self.seed, kicks=0)
-                slots = swaps.improve(task, slots, self.clock, rounds, keep)
-                if polish_rounds:
+                # Swaps that know no groups would only break them.
+                if rules.groups == 1:
+                    slots = swaps.improve(task, slots, self.clock, rounds, keep)
+                if polish_rounds and rules.groups == 1:
                     bounds = expert_bound.layer_bounds(task)
                     slots = expert_model.polish(
                         task, slots, bounds, self.clock, seed=self.seed, rounds=polish_rounds, keep=keep
                     )
                     slots = expert_model.solve_small(task, slots, self.clock, seed=self.seed, keep=keep)
-                rules = rules_of(self.problem, plan.shape, plan.gpus, layers)
                 if not rules.empty:
-                    verdict = settle(self.problem, task, rules, layers, slots, self.clock, self.seed)
+                    verdict = settle(
+                        self.problem, task, rules, layers, slots, self.clock, self.seed, anew=not before
+                    )
                     if verdict.slots is None:
                         self._refuse(
                             candidate,

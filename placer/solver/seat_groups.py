@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.launchers import numbering
-from placer.launchers.numbering import HOST_RULES, servers
 from placer.problem import Problem
+from placer.solver.launching import rule_of, servers_of
 from placer.strategy import Shape
 
 Ints = NDArray[np.int64]
@@ -116,18 +116,23 @@ def pinned_copies(problem: Problem, shapes: Sequence[Shape]) -> list[tuple[int, 
 def launch_runs(problem: Problem, shapes: Sequence[Shape]) -> list[Ints]:
     """Return the rank sequences in each of which a host must hold one unbroken run: all ranks, or those of each server.
 
-    Empty where the launcher takes any order.
+    A run is in the order of the launcher's framework, which need not be that of the rank numbers. Empty where the launcher
+    takes any order.
     """
-    rule = HOST_RULES[problem.requirements.launcher or "ranks"]
-    return servers(rule.framework, shapes, moe=problem.model.moe is not None) if rule.blocked else []
+    return servers_of(problem, shapes) if rule_of(problem).blocked else []
+
+
+def gpu_orders(problem: Problem, shapes: Sequence[Shape]) -> list[Ints]:
+    """Return the rank sequences in each of which a host's ranks must be on GPUs of ascending index; empty for any order."""
+    return servers_of(problem, shapes) if rule_of(problem).ascending else []
 
 
 def wants_equal_hosts(problem: Problem) -> bool:
     """Whether the launcher gives every host of a run as many ranks."""
-    return HOST_RULES[problem.requirements.launcher or "ranks"].equal
+    return rule_of(problem).equal
 
 
 def hosts_admitted(problem: Problem, shapes: Sequence[Shape], hosts: int) -> bool:
     """Whether a server of these stages over so many hosts of equal shares is one the launcher can start."""
-    framework = HOST_RULES[problem.requirements.launcher or "ranks"].framework
+    framework = rule_of(problem).framework
     return numbering.hosts_admitted(framework, shapes, hosts, moe=problem.model.moe is not None)

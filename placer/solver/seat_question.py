@@ -11,12 +11,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from placer.problem import Problem
+from placer.solver.launching import admitted_hosts, keeps_off_mig
 from placer.solver.seat_groups import (
+    gpu_orders,
     launch_runs,
     may_have_experts,
     most_in_domain,
     pinned_copies,
     unit_levels,
+    wants_equal_hosts,
 )
 from placer.solver.stages import StageMemory, least_layers
 from placer.strategy import Shape
@@ -30,8 +33,12 @@ def signature(
     edges: list[int] | None,
 ) -> tuple[object, ...]:
     """Return what the question of seats depends on, beside the problem: strategies that share it share the answer."""
-    runs = [run.tobytes() for run in launch_runs(problem, shapes)]
-    asked = (*runs, tuple(pinned_copies(problem, shapes)), len(shapes) if runs else 0)
+    runs = launch_runs(problem, shapes)
+    # Servers of the same ranks may be asked to lie on other numbers of hosts, by their stages or engines.
+    hosts = admitted_hosts(problem, shapes, len(runs[0])) if runs and wants_equal_hosts(problem) else ()
+    orders = [run.tobytes() for run in (*runs, *gpu_orders(problem, shapes))]
+    off_mig = tuple(keeps_off_mig(problem, shape) and bool(problem.mig.any()) for shape in shapes)
+    asked = (*orders, tuple(pinned_copies(problem, shapes)), hosts)
     steps = np.unique(problem.memory_limit[problem.allowed]).tolist()
     rows = [tuple(layer_rows(problem, counts, memory, edges, steps, n)) for n in range(len(shapes))]
     levels = [
@@ -39,12 +46,12 @@ def signature(
         for shape, experts in zip(shapes, may_have_experts(problem, counts), strict=True)
     ]
     rooms = {room for own in rows for _, _, room, _ in own}
-    if edges is not None and not any(levels) and len(rooms) == 1:
+    if edges is not None and not any(levels) and len(rooms) == 1 and not any(off_mig):
         # Stages without groups that fit the same GPUs are one heap of ranks.
         return sum(shape.ranks for shape in shapes), *rooms, asked
     stages = [
-        (shape.ranks, groups, shape.etp, most_in_domain(problem, shape), own)
-        for shape, groups, own in zip(shapes, levels, rows, strict=True)
+        (shape.ranks, groups, shape.etp, most_in_domain(problem, shape), off, own)
+        for shape, groups, off, own in zip(shapes, levels, off_mig, rows, strict=True)
     ]
     return (asked, *stages)
 

@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.problem import Problem
+from placer.solver.launching import barred
 from placer.solver.seat_groups import (
+    gpu_orders,
     hosts_admitted,
     launch_runs,
     most_in_domain,
@@ -96,10 +98,22 @@ def pinned_copies_apart(problem: Problem, shapes: Sequence[Shape], gpus: Sequenc
 
 
 def launcher(problem: Problem, shapes: Sequence[Shape], gpus: Sequence[Ints]) -> bool:
-    """Each host holds one unbroken run of ranks, and every host as many, as the launcher asks of all or of each server."""
-    every = problem.cluster.host_of[np.concatenate(gpus)]
+    """What the launcher asks of all ranks or of each server: one unbroken run a host, hosts of as many, GPUs ascending.
+
+    No rank that talks to others is on a MIG device.
+    """
+    if problem.requirements.launcher is None:
+        return True
+    for shape, row in zip(shapes, gpus, strict=True):
+        off = barred(problem, shape)
+        if off is not None and off[row].any():
+            return False
+    every = np.concatenate(gpus)
+    for order in gpu_orders(problem, shapes):
+        if (in_gpu_order(problem, every[order]) != every[order]).any():
+            return False
     for run in launch_runs(problem, shapes):
-        host = every[run]
+        host = problem.cluster.host_of[every[run]]
         counts = np.unique(host, return_counts=True)[1]
         if 1 + int((host[1:] != host[:-1]).sum()) != len(counts):
             return False
@@ -108,6 +122,14 @@ def launcher(problem: Problem, shapes: Sequence[Shape], gpus: Sequence[Ints]) ->
         if not hosts_admitted(problem, shapes, len(counts)):
             return False
     return True
+
+
+def in_gpu_order(problem: Problem, gpus: Ints) -> Ints:
+    """Return the GPUs of a server's ranks with those of each host in ascending order of index, hosts where they are."""
+    host = problem.cluster.host_of[gpus]
+    found = np.empty_like(gpus)
+    found[np.argsort(host, kind="stable")] = gpus[np.lexsort((problem.cluster.index[gpus], host))]
+    return found
 
 
 RULES: tuple[Callable[[Problem, Sequence[Shape], Sequence[Ints]], bool], ...] = (

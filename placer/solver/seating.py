@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from placer.cost.latency import CostModel, Layout, make_layout
 from placer.placement import StagePlan
 from placer.problem import Problem
-from placer.solver import ranks, seat_rules, stages
+from placer.solver import launch_seats, ranks, seat_rules, stages
 from placer.solver.experts import bound
 from placer.solver.experts.task import ExpertTask
+from placer.solver.launching import groups_kept
 from placer.solver.ranks import StageSeat
 from placer.solver.stages import StageCosts, StageMemory
 from placer.strategy import Shape
@@ -120,6 +121,10 @@ class Seater:
                 seating = None if gpus is None else self.price(gpus)
                 if seating is not None:
                     by_price.setdefault(round(seating.value, 12), seating)
+            for gpus in launch_seats.laid(self.problem, self.shapes, [seat.need for seat in seats], mask):
+                seating = self.price(gpus)
+                if seating is not None:
+                    by_price.setdefault(round(seating.value, 12), seating)
         return [by_price[price] for price in sorted(by_price)[:KEPT]]
 
     def _improved(self, seating: Seating) -> Seating:
@@ -134,7 +139,11 @@ class Seater:
         return seating if better is None or better.value >= seating.value else better
 
     def price(self, gpus: list[Ints]) -> Seating | None:
-        """Return the seating with the best split for these GPUs; None when memory or a requirement forbids them."""
+        """Return the seating with the best split for these GPUs; None when memory or a requirement forbids them.
+
+        Ranks are first put on them in the order that the launcher wants, where it wants one.
+        """
+        gpus = launch_seats.arranged(self.problem, self.shapes, gpus)
         key = tuple(row.tobytes() for row in gpus)
         if key not in self._priced:
             self._priced[key] = self._price(gpus)
@@ -215,4 +224,5 @@ def expert_task(
         top_k=moe.top_k,
         ep=shape.ep,
         slots_per_rank=problem.slots // shape.ep,
+        groups=groups_kept(problem, shape),
     )

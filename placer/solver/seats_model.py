@@ -13,7 +13,7 @@ then asked of a second model in which every rank is named.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import product
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -22,8 +22,11 @@ from numpy.typing import NDArray
 from placer.problem import Problem
 from placer.solver import cpsat
 from placer.solver.clock import Clock
+from placer.solver.launch_seats import arranged
+from placer.solver.launching import barred
 from placer.solver.seat_groups import (
     GroupLevel,
+    gpu_orders,
     hosts_admitted,
     launch_runs,
     may_have_experts,
@@ -33,7 +36,7 @@ from placer.solver.seat_groups import (
     wants_equal_hosts,
 )
 from placer.solver.seat_question import layer_rows
-from placer.solver.seat_rules import keeps_all
+from placer.solver.seat_rules import in_gpu_order, keeps_all
 from placer.solver.stages import StageMemory
 from placer.strategy import Shape
 
@@ -82,10 +85,21 @@ def find_seats(
         return found
     # By counts alone seats exist, but not in the order, or not so apart, that is asked: often another order will do.
     if not problem.rank_masks and problem.since is None:
-        rows = in_runs(problem, shapes, counts, found.gpus)
-        if keeps_all(problem, shapes, rows):
-            return Seats(True, found.edges, rows)
+        for rows in (
+            in_runs(problem, shapes, counts, found.gpus),
+            arranged(problem, shapes, found.gpus),
+        ):
+            if keeps_all(problem, shapes, rows) and _has_room(problem, memory, found.edges, rows):
+                return Seats(True, found.edges, rows)
     return _solved(_SeatModel(problem, shapes, counts, memory, edges, exact=True), clock, seed)
+
+
+def _has_room(problem: Problem, memory: StageMemory, edges: list[int], gpus: list[Ints]) -> bool:
+    """Whether every rank's GPU has room for what its stage holds: ranks that changed stages may have lost it."""
+    return all(
+        bool((problem.memory_limit[row] >= memory.need(n, edges[n], edges[n + 1])).all())
+        for n, row in enumerate(gpus)
+    )
 
 
 def _solved(model: _SeatModel, clock: Clock, seed: int) -> Seats:
@@ -169,6 +183,8 @@ class _SeatModel:
         self.starts = np.cumsum([0, *[shape.ranks for shape in shapes]]).tolist()
         self.ranks = int(self.starts[-1])
         self.runs, self.equal = launch_runs(problem, shapes), wants_equal_hosts(problem)
+        self.orders = gpu_orders(problem, shapes)
+        self.off = [barred(problem, shape) for shape in shapes]
         self.exact = exact
         self.levels = [
             unit_levels(problem, shape, experts=experts)
@@ -215,8 +231,10 @@ class _SeatModel:
         columns = [problem.memory_limit[free], problem.pinned[free].astype(np.int64)]
         columns += [cluster.levels[level].domain_of[free] for level in sorted(levels)]
         columns += [mask[free].astype(np.int64) for mask in problem.rank_masks.values()]
-        if self.runs or self.equal:
+        if self.runs or self.equal or self.orders:
             columns.append(cluster.host_of[free])
+        kept_off = {off.tobytes(): off for off in self.off if off is not None}
+        columns += [off[free].astype(np.int64) for off in kept_off.values()]
         if self.staying:
             own = np.zeros(cluster.gpus, dtype=np.int64)
             gpus = np.array(sorted(self.staying.values()))
@@ -224,6 +242,8 @@ class _SeatModel:
             columns.append(own[free])
         _, cell = np.unique(np.stack(columns), axis=1, return_inverse=True)
         cell = cell.reshape(-1)
+        if self.orders:
+            cell = self._in_index_order(free, cell)
         order = np.argsort(cell, kind="stable")
         # Cells in the order of their first GPU, so that an answer follows the file.
         parts = np.split(free[order], np.flatnonzero(np.diff(cell[order])) + 1)
@@ -231,6 +251,15 @@ class _SeatModel:
         self.cell_limit = [int(problem.memory_limit[part[0]]) for part in self.cell_gpus]
         self.cell_of = {int(gpu): number for number, part in enumerate(self.cell_gpus) for gpu in part}
         self.steps = sorted(set(self.cell_limit))
+
+    def _in_index_order(self, free: Ints, cell: Ints) -> Ints:
+        """Return cells cut up so that those of a host follow one another by GPU index, as ranks have to."""
+        cluster = self.problem.cluster
+        order = np.lexsort((cluster.index[free], cluster.host_of[free]))
+        begins = np.concatenate([[True], cell[order][1:] != cell[order][:-1]])
+        found = np.empty_like(cell)
+        found[order] = np.cumsum(begins)
+        return found
 
     def _unit(self, stage: int) -> _Unit:
         """Return the tree of units of a stage: all its ranks, and inside them groups by the levels that hold them."""
@@ -422,7 +451,11 @@ class _SeatModel:
         return inside
 
     def _room_for(self, stage: int, cell: int, count: cp_model.IntVar) -> None:
-        """Ensure that a stage has no rank in a cell with less room than its layers need."""
+        """Ensure that a stage has no rank in a cell with less room than its layers need, or that the launcher bars."""
+        off = self.off[stage]
+        if off is not None and off[self.cell_gpus[cell][0]]:
+            self.model.add(count == 0)
+            return
         step = self.steps.index(self.cell_limit[cell])
         if step == len(self.steps) - 1:
             return
@@ -488,11 +521,13 @@ class _SeatModel:
                 self.model.add(sum(literals) <= 1).only_enforce_if(self.moe[stage])
 
     def _launcher(self) -> None:
-        """Ensure what the launcher asks of hosts: one unbroken run of each server's ranks, and as many on every host."""
+        """Ensure what the launcher asks of hosts: one unbroken run of each server's ranks, as many on every host, GPUs in order."""
         hosts: dict[int, list[int]] = {}
         for cell, part in enumerate(self.cell_gpus):
             hosts.setdefault(int(self.problem.cluster.host_of[part[0]]), []).append(cell)
         if self.exact:
+            for run, cells in product(self.orders, hosts.values()):
+                self._ascending(run.tolist(), cells)
             for run in self.runs:
                 here = [self._one_run(run.tolist(), cells) for cells in hosts.values()]
                 if self.equal:
@@ -501,6 +536,26 @@ class _SeatModel:
             # Without an order, the counts of a single server's hosts are still known.
             counts = [sum(sum(self.taken[cell]) for cell in cells) for cells in hosts.values()]
             self._equal_hosts(counts, self.ranks)
+
+    def _ascending(self, run: list[int], cells: list[int]) -> None:
+        """Ensure that ranks of a server on one host are in cells of ascending GPUs: none comes after a later cell."""
+        ordered = sorted(cells, key=lambda cell: int(self.problem.cluster.index[self.cell_gpus[cell][0]]))
+        # By cell, whether a rank so far is in it or in a later one.
+        beyond: dict[int, cp_model.IntVar] = {}
+        for rank in run:
+            here = self.at[rank]
+            for place, cell in enumerate(ordered[:-1]):
+                if cell in here and ordered[place + 1] in beyond:
+                    self.model.add_implication(here[cell], ~beyond[ordered[place + 1]])
+            now: dict[int, cp_model.IntVar] = {}
+            for cell in reversed(ordered):
+                now[cell] = self.model.new_bool_var("")
+                later = ordered[ordered.index(cell) + 1 :][:1]
+                causes = [here[cell]] if cell in here else []
+                causes += [now[other] for other in later] + ([beyond[cell]] if cell in beyond else [])
+                for cause in causes:
+                    self.model.add_implication(cause, now[cell])
+            beyond = now
 
     def _one_run(self, run: list[int], cells: list[int]) -> list[cp_model.IntVar]:
         """Ensure that those ranks of `run` that are in the cells of a host follow one another; return which are."""
@@ -553,11 +608,12 @@ class _SeatModel:
             self._name_ranks(unit, [int(solver.value(count)) for count in counts], gpu_of, free)
         if len(gpu_of) != self.ranks:
             raise AssertionError("every rank was counted into a cell")
-        rows = [
-            np.array([gpu_of[rank] for rank in range(first, last)], dtype=np.int64)
-            for first, last in pairwise(self.starts)
-        ]
-        return Seats(True, edges, rows)
+        every = np.array([gpu_of[rank] for rank in range(self.ranks)], dtype=np.int64)
+        if self.exact:
+            for order in self.orders:
+                # Cells are in order already, and the GPUs of a cell are alike.
+                every[order] = in_gpu_order(self.problem, every[order])
+        return Seats(True, edges, np.split(every, self.starts[1:-1]))
 
     def _name_ranks(
         self, unit: _Unit, counts: list[int], gpu_of: dict[int, int], free: list[list[int]]

@@ -20,6 +20,7 @@ from placer.cost.memory import memory_of
 from placer.problem import Problem
 from placer.solver import cpsat
 from placer.solver.clock import Clock
+from placer.solver.launching import every_stage_holds_layers
 from placer.strategy import Shape
 
 if TYPE_CHECKING:
@@ -81,8 +82,8 @@ class MemoryTable:
 class StageMemory:
     """Bytes a rank of a stage fills, by layer range; looked up many times, computed once.
 
-    `need` is FORBIDDEN for a range that the pins of layers, or layers that must divide evenly, keep from the stage, so
-    whatever keeps to the memory keeps to them; `raw` is the memory alone.
+    `need` is FORBIDDEN for a range that the pins of layers, layers that must divide evenly, or a launcher that starts no
+    empty stage keep from the stage, so whatever keeps to the memory keeps to them; `raw` is the memory alone.
     """
 
     def __init__(self, problem: Problem, shapes: tuple[Shape, ...], table: MemoryTable | None = None) -> None:
@@ -92,6 +93,7 @@ class StageMemory:
         self._stage_of = problem.requirements.pin_layers
         self._barred = problem.requirements.exclude_layers
         self._even = "layers" in problem.requirements.divide_evenly
+        self._held = every_stage_holds_layers(problem)
         self._no_experts = [experts_problem(problem, shape) for shape in shapes]
         moe = np.isin(np.arange(problem.model.layer_count), problem.model.moe_layers)
         self._moe_before = [0, *np.cumsum(moe).tolist()]
@@ -101,7 +103,9 @@ class StageMemory:
         return self.raw(stage, first, last) if self.admits(stage, first, last) else FORBIDDEN
 
     def admits(self, stage: int, first: int, last: int) -> bool:
-        """Whether `pin_layers`, `exclude_layers` and `divide_evenly` let the stage hold exactly these layers."""
+        """Whether `pin_layers`, `exclude_layers`, `divide_evenly` and the launcher let the stage hold exactly these layers."""
+        if self._held and first == last:
+            return False
         if self._even and (last - first) * len(self.shapes) != self.problem.model.layer_count:
             return False
         if self._no_experts[stage] and self._moe_before[last] > self._moe_before[first]:

@@ -83,7 +83,9 @@ def check_cpus(text: str) -> str:
     for part in text.split(","):
         first, dash, last = part.partition("-")
         if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
-            raise ValueError(f"found {part[:60]!r} in a CPU list, expected a number or a range such as `0-47`")
+            raise ValueError(
+                f"found {part[:60]!r} in a CPU list, expected a number or a range such as `0-47`"
+            )
         if int(last or first) > 65_535:
             raise ValueError(f"found CPU {(last or first)[:20]}, expected at most 65535")
     return text

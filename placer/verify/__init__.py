@@ -14,7 +14,13 @@ from placer.verify.findings import Decisions, Finding
 from placer.verify.form import check_form
 from placer.verify.kinds import check_kinds
 from placer.verify.limits import check_memory_limits, check_step_limits
-from placer.verify.stated import check_certificate, check_digests, check_latency, check_memory
+from placer.verify.stated import (
+    check_certificate,
+    check_digests,
+    check_latency,
+    check_launcher_price,
+    check_memory,
+)
 
 __all__ = ["Finding", "broken_decisions", "check_placement"]
 
@@ -35,6 +41,7 @@ def check_placement(placement: Placement, problem: Problem) -> list[Finding]:
     findings += check_latency(placement, priced, problem)
     findings += check_step_limits(priced, problem)
     findings += check_certificate(placement, priced, problem)
+    findings += check_launcher_price(placement, priced, problem)
     return findings
 
 

@@ -105,6 +105,35 @@ def check_latency(
                 )
 
 
+def check_launcher_price(
+    placement: Placement, priced: list[ScenarioLatency], problem: Problem
+) -> Iterator[Finding]:
+    """Yield what the file states wrongly of the price of its launcher; what was found without it is not looked for again."""
+    price = placement.launcher_price
+    if price is None:
+        return
+
+    def wrong(message: str) -> Finding:
+        return Finding("launcher_price", "launcher_price", message)
+
+    if price.launcher != problem.requirements.launcher:
+        yield wrong(f"is about {shown(price.launcher)!r}, which the requirements do not name")
+    names = [scenario.name for scenario in problem.scenarios]
+    if sorted(price.without) != sorted(names):
+        yield wrong(f"lists {sorted(map(shown, price.without))}, expected {sorted(names)}")
+        return
+    without = float(np.dot(problem.weights, [price.without[name] for name in names]))
+    if not close(price.without_s, without):
+        yield wrong(f"states {price.without_s!r} s without the launcher, but its steps make {without!r} s")
+    objective = float(np.dot(problem.weights, [scenario.total for scenario in priced]))
+    if without > objective * (1 + RELATIVE_TOLERANCE):
+        yield wrong(f"states {without!r} s without the launcher, more than this placement takes with it")
+    elif not math.isclose(
+        price.cost_s, max(0.0, objective - without), rel_tol=1e-6, abs_tol=RELATIVE_TOLERANCE * objective
+    ):
+        yield wrong(f"states a cost of {price.cost_s!r} s, recomputed {objective - without!r} s")
+
+
 def check_certificate(
     placement: Placement, priced: list[ScenarioLatency], problem: Problem
 ) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from placer.cost.memory import stage_memory
+from placer.launchers.registry import LAUNCHERS
 from placer.problem import Problem, load_problem
 from placer.solver.clock import Clock
 from placer.solver.existence import exists
@@ -1357,6 +1358,140 @@ def launcher_equal_hosts_ep(random: Random) -> Planted:
     )
     near = changed(base, ("strategy/ep", 2))
     return plant(base, "launcher", "strategy.ep", near=near)
+
+
+def launched(*names: str) -> Callable[[Callable[[Random], Planted]], Callable[[Random], Planted]]:
+    """Register a family whose launchers there are."""
+    return family if set(names) <= set(LAUNCHERS) else lambda make_one: make_one
+
+
+@launched("megatron")
+def launcher_blocks_megatron(random: Random) -> Planted:
+    """Rank 0 and rank 2 on one host, rank 1 on another, for a framework that numbers all ranks as one."""
+    one, two = pick(random, (0, 1), (1, 0), (2, 0))
+    base = problem(
+        cluster(3, 4),
+        moe(),
+        {"launcher": "megatron", "pin_ranks": {0: host(one), 1: host(two), 2: host(one)}},
+        None,
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("requirements/pin_ranks/2", host(two)))
+    return plant(base, "launcher", "pin_ranks.0", "pin_ranks.1", "pin_ranks.2", near=near)
+
+
+@launched("megatron", "deepspeed", "vllm")
+def launcher_copies(random: Random) -> Planted:
+    """Copies of experts under a framework that has one of each."""
+    base = problem(
+        cluster(2, 4),
+        moe(),
+        {"launcher": pick(random, "megatron", "deepspeed", "vllm"), "redundant_experts": pick(random, 4, 8)},
+        None,
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("requirements/redundant_experts", 0))
+    return plant(base, "launcher", "redundant_experts", near=near)
+
+
+@launched("vllm", "sglang")
+def launcher_degrees(random: Random) -> Planted:
+    """Experts both spread and split."""
+    name = pick(random, "vllm", "sglang")
+    base = problem(
+        cluster(2, 4),
+        moe(),
+        {"launcher": name},
+        {"etp": 2} if name == "sglang" else {"ep": 4, "etp": 2},
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("strategy/etp", 1))
+    keys = ("strategy.etp",) if name == "sglang" else ("strategy.ep", "strategy.etp")
+    return plant(base, "launcher", *keys, near=near)
+
+
+@launched("deepspeed")
+def launcher_etp_is_tp(random: Random) -> Planted:
+    """DeepSpeed has whole experts, or splits them as it splits attention."""
+    base = problem(
+        cluster(2, 4),
+        moe(),
+        {"launcher": "deepspeed"},
+        {"tp": 4, "etp": 2},
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("strategy/etp", pick(random, 1, 4)))
+    return plant(base, "launcher", "strategy.tp", "strategy.etp", near=near)
+
+
+@launched("trtllm")
+def launcher_attention_of_trtllm(random: Random) -> Planted:
+    """TensorRT-LLM runs attention over all ranks of a server's stage, or on each by itself."""
+    base = problem(
+        cluster(2, 4),
+        moe(),
+        {"launcher": "trtllm"},
+        {"tp": 2, "ep": pick(random, 4, 8)},
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("strategy/tp", 1))
+    return plant(base, "launcher", "strategy.tp", "strategy.ep", near=near)
+
+
+@launched("vllm")
+def launcher_order_of_vllm(random: Random) -> Planted:
+    """vLLM counts the stages of a DP rank before the next DP rank: ranks 0 and 2 go before 1 and 3."""
+    one, two = pick(random, (0, 1), (1, 0), (2, 0))
+    base = problem(
+        cluster(4, 4),
+        moe(),
+        {"launcher": "vllm", "pin_ranks": {0: host(one), 1: host(one), 2: host(two)}},
+        {"tp": 1, "dp": 2, "ep": 2},
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("requirements/pin_ranks", {0: host(one), 1: host(two), 2: host(one)}))
+    keys = ("pin_ranks.0", "pin_ranks.1", "pin_ranks.2", "strategy.tp", "strategy.dp", "strategy.ep")
+    return plant(base, "launcher", *keys, near=near)
+
+
+@launched("vllm-ray")
+def launcher_gpus_in_order(random: Random) -> Planted:
+    """Ray gives the GPUs of a host out by index, and two ranks of a TP group are pinned against it."""
+    first, second = sorted(random.permutation(4)[:2].tolist())
+    base = problem(
+        cluster(2, 4),
+        dense(),
+        {"launcher": "vllm-ray", "pin_ranks": {0: f"{host(0)}/{second}", 1: f"{host(0)}/{first}"}},
+        {"tp": 2},
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("requirements/pin_ranks/1", host(1)))
+    return plant(base, "launcher", "pin_ranks.0", "pin_ranks.1", "strategy.tp", near=near)
+
+
+@family
+def launcher_mig(random: Random) -> Planted:
+    """A TP group on MIG devices, of which there is nothing else."""
+    machine = cluster(2, 4)
+    for number, spec in enumerate(machine["hosts"]):
+        spec["uuids"] = [f"MIG-00000000-0000-0000-0000-{10 * number + n:012}" for n in range(4)]
+    base = problem(
+        machine,
+        dense(),
+        {"launcher": pick(random, "ranks", "torchrun")},
+        {"tp": 2},
+        some_work(random),
+        roomy(random),
+    )
+    near = changed(base, ("strategy/tp", 1))
+    return plant(base, "launcher", "strategy.tp", near=near)
 
 
 # moves

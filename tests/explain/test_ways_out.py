@@ -304,7 +304,7 @@ def test_a_launcher(tmp_path: Path) -> None:
         cluster=cluster_data([3, 1]),
         requirements={"launcher": "sglang"},
     )
-    assert change(asked, "launcher") == (None, True)
+    assert change(asked, "launcher") == ("torchrun", True)
 
 
 def test_two_conflicts_side_by_side(tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def pipeline() -> Placement:
     )
 
 
+@pytest.fixture
+def dense() -> Placement:
+    """TP 4 over two hosts of 2 GPUs in ascending order: nothing any launcher could have against it."""
+    return make([(host, gpu) for host in ("node01", "node02") for gpu in range(2)])
+
+
 @dataclass
 class Ran:
     """What a script did: its end, and what the program in it saw."""
@@ -97,8 +103,9 @@ def shell(tmp_path: Path) -> Callable[..., Ran]:
     (stubs / "hostname").write_text('#!/usr/bin/env bash\necho "$PRETENDED_HOST"\n')
     (stubs / "hostname").chmod(0o755)
 
-    def run(script: Path, *args: str, host: str, **environment: object) -> Ran:
+    def run(script: Path | str, *args: str, host: str, **environment: object) -> Ran:
         """A RANK has the size of its placement beside it; WORLD_SIZE=None leaves it without."""
+        script = Path(script)
         if "RANK" in environment and "WORLD_SIZE" not in environment:
             tables = [*script.parent.glob("ranks*.tsv"), *tmp_path.rglob("ranks.tsv")]
             environment["WORLD_SIZE"] = len(tables[0].read_text().splitlines()) - 2

@@ -17,7 +17,23 @@ from tests.launchers.conftest import STUB, Ran
 
 Shell = Callable[..., Ran]
 
-LEFT_OVER = {"RANK": "0", "WORLD_SIZE": "9", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "9"}
+LEFT_OVER = dict.fromkeys(
+    [
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "OMPI_COMM_WORLD_RANK",
+        "PMIX_RANK",
+        "PMI_RANK",
+        "PALS_RANKID",
+        "SLURM_PROCID",
+        "MV2_COMM_WORLD_RANK",
+        "FLUX_TASK_RANK",
+        "JSM_NAMESPACE_RANK",
+    ],
+    "9",
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,15 @@ def check_misuse(scripts: Scripts, folder: Path, shell: Shell) -> None:
         ran = shell(script, *words, host="anywhere")
         assert (ran.code, ran.out) == (64, "")
         assert usage in ran.err
+    ran = shell(script, "program", ":", "other", host="anywhere")
+    assert (ran.code, ran.out) == (64, "")
+    assert (
+        f"found `:` among the arguments, which {scripts.program} takes for the beginning of another"
+        in ran.err
+    )
+    ran = shell(script, "--dryrun", "program", host="anywhere")
+    assert (ran.code, ran.out) == (64, "")
+    assert "found --dryrun, expected --dry-run" in ran.err
     ran = shell(script, "--mpirun", "-v", "program", host="anywhere")
     assert (ran.code, ran.out) == (64, "")
     assert "found no `--` after `--mpirun`" in ran.err

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from placer.launchers import job
 from placer.launchers.base import Options
 from placer.launchers.env import env_scripts
 from placer.launchers.ranks import wrapper_files
@@ -149,7 +150,7 @@ def test_rank_that_does_not_listen_is_killed(uneven, tmp_path):
     gone(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_passed_on(uneven, tmp_path, number):
     """Ranks get the very signal, may end in their own time, and what they say last comes out."""
     emit(uneven, "env", tmp_path / "out")
@@ -165,6 +166,126 @@ def test_signals_are_passed_on(uneven, tmp_path, number):
     assert process.returncode == 128 + number
     assert sorted(out.splitlines()) == [f"[{rank}] got {name}" for rank in (1, 2, 3)]
     gone(tmp_path)
+
+
+def impatient(folder: Path) -> Path:
+    """Return the script of node02, with a second of grace."""
+    script = folder / "out/env-node02.sh"
+    text = script.read_text()
+    assert "readonly grace=10\n" in text
+    script.write_text(text.replace("readonly grace=10\n", "readonly grace=1\n"))
+    return script
+
+
+def test_rank_that_ignores_what_it_is_told_is_killed(uneven, tmp_path):
+    """A script that is told to end gives ranks that ignore it the time of grace, and no more."""
+    emit(uneven, "env", tmp_path / "out")
+    program = (
+        f"trap '' TERM; echo $$ >{tmp_path}/half-$RANK; mv {tmp_path}/half-$RANK {tmp_path}/up-$RANK; "
+        "while true; do sleep 0.1; done"
+    )
+    process = start(hostname(tmp_path), impatient(tmp_path), "bash", "-c", program, host="node02")
+    wait_for(tmp_path, 3)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 143
+    gone(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_for_the_ranks_alone(uneven, tmp_path, number):
+    """USR1 and USR2, which ask for a checkpoint and the like, reach the ranks and end nothing; nor does PIPE."""
+    emit(uneven, "env", tmp_path / "out")
+    name = number.name.removeprefix("SIG")
+    program = (
+        f"trap 'echo got {name}; exit 0' {name}; "
+        f"echo $$ >{tmp_path}/half-$RANK; mv {tmp_path}/half-$RANK {tmp_path}/up-$RANK; while true; do sleep 0.05; done"
+    )
+    process = start(hostname(tmp_path), tmp_path / "out/env-node02.sh", "bash", "-c", program, host="node02")
+    wait_for(tmp_path, 3)
+    os.kill(process.pid, signal.SIGPIPE)
+    time.sleep(0.3)
+    assert process.poll() is None
+    os.kill(process.pid, number)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert sorted(out.splitlines()) == [f"[{rank}] got {name}" for rank in (1, 2, 3)]
+    gone(tmp_path)
+
+
+def test_ends_all_when_nobody_reads_what_it_says(uneven, tmp_path):
+    """The connection that a script was started over may be gone when a rank fails: the others are ended all the same."""
+    emit(uneven, "env", tmp_path / "out")
+    program = (
+        f"echo $$ >{tmp_path}/half-$RANK; mv {tmp_path}/half-$RANK {tmp_path}/up-$RANK; "
+        f"until [[ -e {tmp_path}/hung-up ]]; do sleep 0.02; done; [[ $RANK != 1 ]] || exit 3; exec sleep 300"
+    )
+    process = start(hostname(tmp_path), tmp_path / "out/env-node02.sh", "bash", "-c", program, host="node02")
+    wait_for(tmp_path, 3)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    process.stderr.close()
+    (tmp_path / "hung-up").touch()
+    assert process.wait(timeout=30) == 3
+    gone(tmp_path)
+
+
+@pytest.mark.parametrize("ignored", ["", "trap '' TERM; "])
+def test_what_ranks_leave_running_is_ended(uneven, tmp_path, ignored):
+    """Ranks that end well and leave processes behind: these get TERM, then KILL, and the script ends well."""
+    emit(uneven, "env", tmp_path / "out")
+    program = f"{ignored}sleep 300 & echo $! >{tmp_path}/up-$RANK; exit 0"
+    process = start(hostname(tmp_path), impatient(tmp_path), "bash", "-c", program, host="node02")
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert len(list(tmp_path.glob("up-*"))) == 3
+    gone(tmp_path)
+
+
+def test_ranks_meet_where_it_was_stated(uneven, tmp_path, shell):
+    """A MASTER_ADDR or MASTER_PORT that another job left behind is told and not taken."""
+    emit(uneven, "env", tmp_path / "out", options=Options(master_addr="10.0.0.1"))
+    script = tmp_path / "out/env-node01.sh"
+    words = ("bash", "-c", 'echo "$MASTER_ADDR $MASTER_PORT"')
+    ran = shell(script, *words, host="node01", MASTER_ADDR="stale", MASTER_PORT="abc")
+    assert (ran.code, ran.out) == (0, "[0] 10.0.0.1 29500\n")
+    assert ran.err.splitlines() == [
+        "env-node01.sh: the ranks meet at MASTER_ADDR=10.0.0.1, and not at the stale of the environment",
+        "env-node01.sh: the ranks meet at MASTER_PORT=29500, and not at the abc of the environment",
+    ]
+    ran = shell(script, *words, host="node01", MASTER_ADDR="10.0.0.1", MASTER_PORT=29500)
+    assert (ran.out, ran.err) == ("[0] 10.0.0.1 29500\n", "")
+
+
+def test_started_by_a_launcher(uneven, tmp_path, shell):
+    """A launcher that starts the scripts, one on each host or as many as there are ranks, numbers no ranks."""
+    emit(uneven, "env", tmp_path / "out")
+    around = {"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 4, "PMI_RANK": 0, "PMI_SIZE": 4, "PMIX_RANK": 0}
+    ran = shell(tmp_path / "out/env-node02.sh", "bash", "-c", "echo $RANK", host="node02", **around)
+    assert ran.code == 0, ran.err
+    assert sorted(ran.out.splitlines()) == ["[1] 1", "[2] 2", "[3] 3"]
+
+
+def test_what_looks_like_a_dry_run_starts_nothing(uneven, tmp_path, shell):
+    """`--dryrun` would be an argument of the command."""
+    emit(uneven, "env", tmp_path / "out", options=Options(command=("touch", str(tmp_path / "started"))))
+    ran = shell(tmp_path / "out/env-node01.sh", "--dryrun", host="node01")
+    assert (ran.code, ran.out) == (64, "")
+    assert "found --dryrun, expected --dry-run" in ran.err
+    assert not (tmp_path / "started").exists()
+
+
+def test_ranks_are_sorted_by_host_once(monkeypatch):
+    """Many hosts are no more work for each of them."""
+    asked = []
+    monkeypatch.setattr(job, "by_host", lambda ranks, found=job.by_host: asked.append(1) or found(ranks))
+    counts = []
+    for hosts in (2, 20):
+        asked.clear()
+        LAUNCHERS["env"].files(make([(f"node{host}", 0) for host in range(hosts)]), Options())
+        counts.append(len(asked))
+    assert counts[0] == counts[1]
 
 
 def test_many_ranks_that_end_at_once(tmp_path, shell):
@@ -220,9 +341,9 @@ def test_dry_run_starts_nothing(interleaved, tmp_path, shell):
 def test_host_named_by_a_variable(interleaved, tmp_path, shell):
     """Where a process has a host name of its own, a variable names the host for the script and the wrapper."""
     launcher = LAUNCHERS["env"]
-    job, options = launcher.job(interleaved), Options()
-    wrapper = wrapper_files(job, options, "host", host_variable="NODE_NAME")
-    write_files(wrapper | env_scripts(job, options, wrapper, host_variable="NODE_NAME"), tmp_path / "out")
+    placed, options = launcher.job(interleaved), Options()
+    wrapper = wrapper_files(placed, options, "host", host_variable="NODE_NAME")
+    write_files(wrapper | env_scripts(placed, options, wrapper, host_variable="NODE_NAME"), tmp_path / "out")
     script = tmp_path / "out/env-node02.sh"
     ran = shell(script, "bash", "-c", SHOW, host="pod-7", NODE_NAME="node02")
     assert ran.code == 0, ran.err

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from placer.errors import ExportError
+from placer.errors import ExportError, InputError
 from placer.launchers import kubernetes
 from placer.launchers.base import Options
 from placer.launchers.ranks import parse_ranks
-from placer.launchers.registry import emit
+from placer.launchers.registry import LAUNCHERS, emit
 from placer.placement import Placement
 from placer.spec.cluster import Cluster
 from placer.strategy import Shape
@@ -77,7 +77,7 @@ def test_files_are_those_of_the_wrapper_and_ranks_meet_at_the_first_pod(tmp_path
     assert [(row.host, row.gpu) for row in rows] == [(each.host, each.gpu) for each in placement.ranks]
     name, first = jobset["metadata"]["name"], jobset["spec"]["replicatedJobs"][0]["name"]
     for file in ("bind.sh", "env-node0.sh", "env-node1.sh"):
-        assert f"MASTER_ADDR:-{name}-{first}-0-0.{name}}}" in config["data"][file]
+        assert f"{name}-{first}-0-0.{name}" in config["data"][file]
     stated = documents(placement, tmp_path / "stated", options(cluster(2, 2), master_addr="10.0.0.1"))
     assert "MASTER_ADDR:-10.0.0.1}" in stated[0]["data"]["bind.sh"]
 
@@ -113,14 +113,15 @@ def test_names_of_objects_are_labels_of_their_own(tmp_path, hosts):
     [
         (["gpu_1"], "host gpu_1 cannot be the name of a Kubernetes node"),
         (["a" * 40 + "." + "b" * 40], "as a label 63 signs at most"),
-        (["Node1", "node1"], "hosts Node1 and node1 would both be the Kubernetes node node1"),
+        (["Node1", "node1"], "hosts Node1 and node1 differ in upper and lower case alone"),
     ],
 )
 def test_hosts_that_no_node_is_named_after_are_refused(tmp_path, hosts, message):
     """Underscores, too long a name, and two hosts that are one node."""
     placement = make([(host, gpu) for host in hosts for gpu in range(2)])
-    with pytest.raises(ExportError, match=message):
+    with pytest.raises((ExportError, InputError), match=message):
         emit(placement, "kubernetes", tmp_path, options=options(named(hosts)))
+    assert LAUNCHERS["kubernetes"].cannot(placement) is not None
 
 
 def test_parts_of_gpus_are_refused(tmp_path):

@@ -118,6 +118,14 @@ def test_arguments_against_the_placement_are_refused(pipeline, tmp_path, shell, 
     assert shell(tmp_path / "out/megatron-node02.sh", "pretrain.py", f"{name}x", host="node02").code == 0
 
 
+def test_an_argument_that_begins_another(pipeline, tmp_path, shell):
+    """Megatron's parser takes no name cut short, and `--num-layers` is a name of its own, which the placement's follows."""
+    emit(pipeline, "megatron", tmp_path / "out")
+    ran = shell(tmp_path / "out/megatron-node02.sh", "pretrain.py", "--num-layers=3", host="node02")
+    assert ran.code == 0, ran.err
+    emit(pipeline, "megatron", tmp_path / "other", options=Options(command=("pretrain.py", "--num-layers=3")))
+
+
 def test_experts_that_move_come_as_a_permutation(pipeline, tmp_path):
     """Megatron has experts in order on its ranks: another order is a file for the checkpoint, and said in the scripts."""
     paths = emit(pipeline, "megatron", tmp_path / "moved")

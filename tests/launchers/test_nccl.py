@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,6 +78,30 @@ def test_sourcing_leaves_the_settings_and_nothing_else(tmp_path, shell):
             "NCCL_IB_HCA",
             "before",
         ]
+
+
+def test_a_shell_that_is_not_bash_goes_no_further(tmp_path):
+    """A script of another shell that sources it ends, as it would go on with all GPUs."""
+    emit(four(), "nccl", tmp_path)
+    other = shutil.which("dash") or pytest.skip("dash is not here")
+    for flags, code, out in (([], 64, ""), (["-i"], 0, "after\n")):
+        ran = subprocess.run(
+            [other, *flags, "-c", f". {tmp_path}/nccl.sh; echo after"],
+            env={"PATH": os.environ["PATH"], "RANK": "1", "WORLD_SIZE": "4"},
+            capture_output=True, text=True, check=False, start_new_session=True,
+        )  # fmt: skip
+        assert (ran.returncode, ran.stdout) == (code, out)
+        assert "source it from bash" in ran.stderr
+
+
+def test_an_option_or_an_absent_program_is_refused(tmp_path, shell):
+    """`exec -c` would start the program without its environment."""
+    emit(four(), "nccl", tmp_path)
+    ran = shell(tmp_path / "nccl.sh", "-c", "program", host="node1", RANK=0)
+    assert (ran.code, ran.out) == (64, "")
+    assert "found -c where the program should be" in ran.err
+    ran = shell(tmp_path / "nccl.sh", "absent", host="node1", RANK=0)
+    assert (ran.code, ran.out, ran.err) == (127, "", "nccl.sh: cannot find the program absent\n")
 
 
 def test_visibility_of_the_host_lists_its_gpus(tmp_path, shell):

@@ -136,7 +136,129 @@ def test_ranks_that_were_left_behind(two_by_four, tmp_path, shell):
         assert "no rank: start it with a launcher" in ran.err
     ran = shell(script, "program", host="node02", RANK=1, **MPI)
     assert (ran.code, ran.out) == (64, "")
-    assert "found RANK=1 and OMPI_COMM_WORLD_RANK=2, of 8 both" in ran.err
+    assert "found RANK=1 and OMPI_COMM_WORLD_RANK=2: unset the one that was left behind" in ran.err
+
+
+OMPI, PMI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"), ("PMI_RANK", "PMI_SIZE")
+SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
+
+
+def of(names, rank, size):
+    """Return the variables by which a launcher says that a process is rank `rank` of `size`."""
+    return dict(zip(names, (rank, size), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        # Open MPI and `srun --mpi=pmix` set the number of PMIx beside their own.
+        (of(OMPI, 2, 8) | {"PMIX_RANK": 2}, "2"),
+        (of(SLURM, 2, 8) | {"PMIX_RANK": 2}, "2"),
+        (of(SLURM, 2, 8) | of(PMI, 2, 8), "2"),
+        ({"PMIX_RANK": 2}, "2"),
+        (of(PMI, 2, 8) | {"PALS_RANKID": 2}, "2"),
+        ({"PALS_RANKID": 2}, "2"),
+        # torchrun, started by Open MPI once on each host.
+        ({"RANK": 2} | of(OMPI, 1, 2) | {"PMIX_RANK": 1}, "2"),
+        # mpiexec inside the shell of `srun --mpi=pmix --pty`.
+        (of(PMI, 2, 8) | of(SLURM, 0, 1) | {"PMIX_RANK": 0}, "2"),
+        (of(SLURM, 0, 2) | {"PMIX_RANK": 0}, "started 2 processes, but this placement has 8 ranks"),
+        (of(PMI, 2, 8) | {"PMIX_RANK": 0}, "found PMI_RANK=2 and PMIX_RANK=0: unset the one that was left"),
+        (of(PMI, 2, 8) | of(SLURM, 0, 8), "found PMI_RANK=2 and SLURM_PROCID=0: unset"),
+        (of(PMI, 2, 8) | {"PALS_RANKID": 0}, "found PMI_RANK=2 and PALS_RANKID=0: unset"),
+    ],
+)
+def test_launchers_around_one_another(two_by_four, tmp_path, shell, environment, rank):
+    """PMIx says no number of processes, so that a launcher which does is asked; two that could both be right are refused."""
+    emit(two_by_four, "ranks", tmp_path)
+    ran = shell(tmp_path / "bind.sh", "program", host="node02", **environment)
+    if ran.code:
+        assert (ran.code, ran.out) == (64, "")
+        assert rank in ran.err
+    else:
+        assert ran.env["RANK"] == rank
+
+
+def test_slurms_name_of_a_host_is_for_ranks_of_slurm(two_by_four, tmp_path, shell):
+    """A name that Slurm left behind in the environment of another launcher says nothing about this host."""
+    emit(two_by_four, "ranks", tmp_path)
+    slurm = of(SLURM, 0, 8) | {"SLURMD_NODENAME": "node02"}
+    for environment in (slurm, slurm | {"PMIX_RANK": 0}):
+        assert shell(tmp_path / "bind.sh", "program", host="machine", **environment).code == 0
+    ran = shell(tmp_path / "bind.sh", "program", host="machine", **slurm, **of(PMI, 0, 8))
+    assert (ran.code, ran.out) == (65, "")
+
+
+@pytest.mark.parametrize("launcher", ["ranks", "torchrun", "env", "openmpi", "nccl"])
+def test_folder_of_the_script(dense, tmp_path, shell, launcher):
+    """CDPATH does not lead the script elsewhere, and through a link it finds the files beside itself."""
+    emit(dense, launcher, tmp_path / "out")
+    name = {"ranks": "bind.sh", "openmpi": "openmpi-run.sh", "nccl": "nccl.sh"}.get(
+        launcher, f"{launcher}-node01.sh"
+    )
+    (tmp_path / "link.sh").symlink_to(tmp_path / "out" / name)
+    rank = {"RANK": 0} if launcher in ("ranks", "nccl") else {}
+    for words in (["bash", f"out/{name}"], ["bash", str(tmp_path / "link.sh")]):
+        ran = shell(
+            "/usr/bin/env", "-C", str(tmp_path), *words, "--dry-run", "program",
+            host="node01", CDPATH=str(tmp_path), **rank, WORLD_SIZE=4 if rank else None,
+        )  # fmt: skip
+        assert ran.code == 0, ran.err
+        assert "program" in ran.out
+
+
+@pytest.mark.parametrize("tool", ["awk", "sha256sum"])
+def test_a_missing_tool_is_said(two_by_four, tmp_path, shell, tool):
+    """Without what the table is checked and read by it ends with 69, and says why."""
+    emit(two_by_four, "ranks", tmp_path / "out")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for each in {"env", "bash", "sha256sum", "awk"} - {tool}:
+        (tools / each).symlink_to(str(shutil.which(each)))
+    ran = shell(
+        tmp_path / "out/bind.sh", "program", host="node02", RANK=0, PATH=f"{tmp_path / 'stubs'}:{tools}"
+    )
+    assert (ran.code, ran.out) == (69, "")
+    assert ran.err == f"bind.sh: cannot check the files beside it: {tool} is not in PATH\n"
+
+
+def test_a_missing_program_is_said(two_by_four, tmp_path, shell):
+    """A program that is not there ends it with 127 and a sentence of the wrapper's."""
+    emit(two_by_four, "ranks", tmp_path)
+    ran = shell(tmp_path / "bind.sh", "absent", host="node02", RANK=0)
+    assert (ran.code, ran.out, ran.err) == (127, "", "bind.sh: cannot find the program absent\n")
+
+
+def test_what_looks_like_a_dry_run(two_by_four, tmp_path, shell):
+    """`--dryrun` and the like do not start the command they would be an argument of."""
+    emit(two_by_four, "ranks", tmp_path, options=Options(command=("program",)))
+    for word in ("--dryrun", "--dry", "--dry-run=yes", "--dry_run"):
+        ran = shell(tmp_path / "bind.sh", word, host="node02", RANK=0)
+        assert (ran.code, ran.out) == (64, "")
+        assert f"found {word}, expected --dry-run" in ran.err
+    assert shell(tmp_path / "bind.sh", "x", "--dryrun", host="node02", RANK=0).argv == [
+        "program",
+        "x",
+        "--dryrun",
+    ]
+
+
+def test_a_host_that_cannot_bind_says_why(two_by_four, tmp_path, shell):
+    """What numactl says comes out, with what it was asked."""
+    options = Options(cluster=cluster_of(two_by_four, ["0-3"] * 8, [None] * 8, [1] * 8))
+    emit(two_by_four, "ranks", tmp_path / "out", options=options)
+    numactl = tmp_path / "stubs/numactl"
+    numactl.write_text(
+        "#!/usr/bin/env bash\necho 'set_mempolicy: Operation not permitted'\necho usage\nexit 1\n"
+    )
+    numactl.chmod(0o755)
+    ran = shell(tmp_path / "out/bind.sh", "program", host="node02", RANK=0)
+    assert (ran.code, ran.out) == (65, "")
+    assert (
+        "refused: numactl --all --membind=1 --physcpubind=0-3 fails for rank 0 on node02 "
+        "(set_mempolicy: Operation not permitted)" in ran.err
+    )
+    assert "usage" not in ran.err
 
 
 def test_hosts_that_are_equal_as_numbers(tmp_path, shell):
@@ -164,7 +286,10 @@ def test_wrong_host_is_refused(two_by_four, tmp_path, shell):
     emit(two_by_four, "ranks", tmp_path)
     ran = shell(tmp_path / "bind.sh", "program", host="node01", RANK=3)
     assert (ran.code, ran.out) == (65, "")
-    assert "refused: rank 3 belongs on the host node02, but this is node01" in ran.err
+    assert ran.err == (
+        "bind.sh: refused: rank 3 belongs on the host node02, but this is node01: "
+        "start it there, or give this container the name of its host\n"
+    )
 
 
 @pytest.mark.parametrize(
@@ -177,6 +302,9 @@ def test_wrong_host_is_refused(two_by_four, tmp_path, shell):
         ("node011", "node01", False),
         ("*", "node01", False),
         ("", "node01", False),
+        ("NODE01", "node01", True),
+        ("node01", "Node01.Lan", True),
+        ("NODE01.lan", "node01.LAN", True),
     ],
 )
 def test_names_with_and_without_a_domain(tmp_path, shell, here, there, same):
@@ -189,10 +317,10 @@ def test_names_with_and_without_a_domain(tmp_path, shell, here, there, same):
 
 def test_short_name_that_could_be_two_hosts_is_refused(tmp_path, shell):
     """Where hosts differ in their domains alone, names must be equal."""
-    placement = make([("node01.a", 0), ("node01.b", 0)])
+    placement = make([("node01.a", 0), ("Node01.b", 0)])
     emit(placement, "ranks", tmp_path)
     emit(placement, "torchrun", tmp_path, force=True)
-    for script, rank in (("bind.sh", 1), ("torchrun-node01.b.sh", 1)):
+    for script, rank in (("bind.sh", 1), ("torchrun-Node01.b.sh", 1)):
         codes = [
             shell(tmp_path / script, "program", host=host, RANK=rank).code
             for host in ("node01.b", "node01", "node01.a")

@@ -34,12 +34,6 @@ HOSTILE = [
 ]
 
 
-@pytest.fixture
-def dense() -> Placement:
-    """TP 4 over two hosts of 2 GPUs in ascending order: nothing any launcher could have against it."""
-    return make([(host, gpu) for host in ("node01", "node02") for gpu in range(2)])
-
-
 #: What a launcher cannot do without.
 NEEDED = {
     "kubernetes": Options(
@@ -212,7 +206,10 @@ def test_hostile_names_are_refused(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("uuid", "GPU-1,GPU-2"), ("uuid", "GPU-1\n"), ("gpu", -1), ("gpu", "0;reboot"), ("rank", None)],
+    [
+        *(("uuid", "GPU-1,GPU-2"), ("uuid", "GPU-1\n"), ("gpu", -1), ("gpu", "0;reboot"), ("rank", None)),
+        *(("gpu", 1024), ("numa", 10_000)),
+    ],
 )
 def test_hostile_ranks_are_refused(field, value):
     """Nor do other values of a rank."""
@@ -249,6 +246,20 @@ def _changed(change):
         (lambda d: d["strategy"]["stages"][0].update(ep=3), "not a multiple"),
         (lambda d: d["ranks"][1].update(ep=2), "rank 1 is at"),
         (lambda d: [r.update(uuid="GPU-1") for r in d["ranks"][:2]], "same UUID GPU-1"),
+        (
+            lambda d: [r.update(uuid=u) for r, u in zip(d["ranks"], ("GPU-a", "GPU-A"), strict=False)],
+            "same UUID GPU-A",
+        ),
+        (
+            lambda d: [
+                r.update(uuid=u) for r, u in zip(d["ranks"], ("GPU-ab1", "GPU-b", "GPU-AB"), strict=False)
+            ],
+            "ranks 2 and 0 are on node01 with the UUIDs GPU-AB and GPU-ab1, and the first could be either",
+        ),
+        (
+            lambda d: d["ranks"][1].update(host="Node01"),
+            "the hosts node01 and Node01 differ in upper and lower case alone",
+        ),
         (lambda d: d["strategy"]["stages"][0].update(layers=(1, 2)), "expected them to begin at 0"),
         (lambda d: d["experts"].update({7: [[0], [1], [2], [3]]}), "experts of layer 7"),
         (lambda d: d["experts"].update({1: [[0], [1]]}), "slots of 2 EP ranks, expected 4"),
@@ -279,6 +290,7 @@ def test_ranks_may_be_listed_in_any_order(moe, tmp_path):
         {"master_port": 0},
         {"master_port": 65536},
         {"command": ("a\nb",)},
+        {"command": ("", "a")},
         *({"master_addr": n} for n in HOSTILE),
     ],
 )
@@ -351,6 +363,33 @@ def test_mig_device_of_its_own_is_taken(tmp_path, shell):
     emit(_mig(Shape(dp=4)), "ranks", tmp_path / "out")
     ran = shell(tmp_path / "out/bind.sh", "program", host="node01", RANK=2)
     assert ran.env["CUDA_VISIBLE_DEVICES"] == "MIG-2"
+
+
+def test_a_mig_device_beside_others_is_refused(tmp_path):
+    """A process that sees all devices of its host takes one MIG device of them, so that the others would have none."""
+    mig = _mig(Shape(dp=4))
+    for name in ("torchrun", "ranks", "jax"):
+        with pytest.raises(
+            ExportError,
+            match="`--visibility host`, as rank 1 is on the MIG device MIG-1, .* sees all 4 devices",
+        ) as caught:
+            emit(mig, name, tmp_path / "out", options=Options(visibility="host"))
+        assert ("use `--visibility one`" in str(caught.value)) == (name != "jax")
+    assert not (tmp_path / "out").exists()
+    emit(mig, "torchrun", tmp_path / "one", options=Options(visibility="one"))
+    alone = make([("a", 0, "MIG-0"), ("b", 0, "MIG-1")], [((0, 2), Shape(dp=2))])
+    emit(alone, "torchrun", tmp_path / "alone")
+    # Each is a server of its own.
+    emit(_mig(Shape(dp=4)), "vllm", tmp_path / "vllm")
+
+
+def test_an_image_is_for_containers(two_by_four, tmp_path):
+    """Where nothing starts a container an image would be forgotten in silence."""
+    with pytest.raises(
+        ExportError, match="found the image a/b:1, and ranks starts no containers: leave it out"
+    ):
+        emit(two_by_four, "ranks", tmp_path / "out", options=Options(image="a/b:1"))
+    assert [name for name, launcher in LAUNCHERS.items() if launcher.containers] == ["kubernetes"]
 
 
 def test_framework_of_a_framework_launcher(dense, tmp_path):

@@ -307,7 +307,20 @@ def test_numa_nodes(tmp_path, shell):
 
 
 @pytest.mark.parametrize(
-    "word", ["--node-rank", "--tp-size=2", "--base-gpu-id", "--init-expert-location=x.json"]
+    "word",
+    [
+        *("--node-rank", "--tp-size=2", "--base-gpu-id", "--init-expert-location=x.json"),
+        *(
+            "--tp-s",
+            "--tp_size=2",
+            "--tensor-parallel",
+            "--nnode",
+            "--node",
+            "--init-expert",
+            "--enable-eplb",
+            "--moe-dp-size=2",
+        ),
+    ],
 )
 def test_arguments_that_would_move_ranks(moe, tmp_path, shell, word):
     """An argument that changes which rank is where, or the map, stops the script."""
@@ -315,6 +328,8 @@ def test_arguments_that_would_move_ranks(moe, tmp_path, shell, word):
     ran = shell(tmp_path / "sglang-node01.sh", "--model-path", "m", word, "1", host="node01")
     assert (ran.code, ran.out) == (64, "")
     assert f"found {word}, but the placement says w" in ran.err
+    with pytest.raises(ExportError, match=f"found {word} in the command, but the placement says w"):
+        emit(moe, "sglang", tmp_path / "other", options=Options(command=("--model-path", "m", word, "1")))
 
 
 def test_replicas_that_share_hosts(tmp_path, shell):

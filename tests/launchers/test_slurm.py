@@ -126,7 +126,17 @@ def test_what_was_said_to_sbatch_does_not_reshape_the_step(two_by_four, tmp_path
     """Variables that srun reads, and rank numbers left by another launcher, are gone; others stay."""
     emit(two_by_four, "slurm", tmp_path / "out")
     names = ["SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SRUN_CPUS_PER_TASK", "SLURM_GPUS_PER_TASK"]
-    names += ["SLURM_GPU_BIND", "SLURM_EXACT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK"]
+    names += [
+        "SLURM_PROCID",
+        "PMIX_RANK",
+        "PMI_RANK",
+        "SLURM_GPU_BIND",
+        "SLURM_EXACT",
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "OMPI_COMM_WORLD_RANK",
+    ]
     wishes = dict.fromkeys(names, 3)
     ran = slurm("program", SLURM_MPI_TYPE="pmix", **wishes)
     assert ran.code == 0, ran.err
@@ -194,6 +204,20 @@ def test_nothing_to_run_and_no_allocation(two_by_four, tmp_path, slurm):
     assert (ran.code, "usage: sbatch slurm-job.sh PROGRAM" in ran.err) == (64, True)
     ran = slurm("program", SLURM_JOB_ID="")
     assert (ran.code, "not inside an allocation of Slurm" in ran.err) == (64, True)
+    ran = slurm("program", ":", "other")
+    assert (ran.code, "found `:` among the arguments, which srun takes" in ran.err) == (64, True)
+
+
+def test_ranks_meet_where_it_was_stated(two_by_four, tmp_path, slurm):
+    """A MASTER_ADDR or MASTER_PORT that another job left behind is told and not taken."""
+    emit(two_by_four, "slurm", tmp_path / "out")
+    ran = slurm("program", MASTER_ADDR="stale", MASTER_PORT=1)
+    assert ran.code == 0, ran.err
+    assert (ran.env["MASTER_ADDR"], ran.env["MASTER_PORT"]) == ("node02", "29500")
+    assert ran.err.splitlines() == [
+        "slurm-job.sh: the ranks meet at MASTER_ADDR=node02, and not at the stale of the environment",
+        "slurm-job.sh: the ranks meet at MASTER_PORT=29500, and not at the 1 of the environment",
+    ]
 
 
 def test_a_dry_run_starts_nothing(two_by_four, tmp_path, slurm):

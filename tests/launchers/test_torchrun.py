@@ -83,12 +83,24 @@ def test_master_command_and_arguments(two_by_four, tmp_path, shell):
     assert value(ran.argv, "--master-addr") == "node02"
 
 
+def test_started_by_a_launcher(two_by_four, tmp_path, shell):
+    """What a launcher that starts the scripts says of them is not there for the ranks of torchrun."""
+    emit(two_by_four, "torchrun", tmp_path)
+    around = {"SLURM_PROCID": 0, "SLURM_STEP_NUM_TASKS": 8, "PMI_RANK": 0, "PMIX_RANK": 0, "SLURM_JOB_ID": 7}
+    ran = shell(tmp_path / "torchrun-node01.sh", "train.py", host="node01", **around)
+    assert ran.code == 0, ran.err
+    assert {name for name in around if name in ran.env} == {"SLURM_STEP_NUM_TASKS", "SLURM_JOB_ID"}
+
+
 def test_wrong_host_is_refused(two_by_four, tmp_path, shell):
     """A script starts nothing on another host than its own."""
     emit(two_by_four, "torchrun", tmp_path)
     ran = shell(tmp_path / "torchrun-node01.sh", "train.py", host="node02")
     assert (ran.code, ran.out) == (65, "")
-    assert ran.err == "torchrun-node01.sh: refused: made for the host node01, but this is node02\n"
+    assert ran.err == (
+        "torchrun-node01.sh: refused: made for the host node01, but this is node02: "
+        "start it there, or give this container the name of its host\n"
+    )
 
 
 def test_dry_run(two_by_four, tmp_path, shell):

@@ -175,6 +175,11 @@ def test_words_that_are_refused(attention_dp, tmp_path):
     for words, why in (
         (("m", "--tp_size", "2"), "found --tp_size, but the placement says which rank is on which GPU"),
         (("m", "--ep_size=2"), "found --ep_size=2, but the placement says where each expert is"),
+        (("m", "--tp-size=2"), "found --tp-size=2, but the placement says which rank is on which GPU"),
+        (
+            ("m", ":", "x"),
+            "found `:` among the arguments, which mpirun takes for the beginning of another program",
+        ),
         (("m", "--config", "x"), "found --config, but the options file is the one made with it"),
         (("/models/a b",), "found '/models/a b', and trtllm-llmapi-launch takes no words"),
         (("m", ""), "found '', and trtllm-llmapi-launch takes no words"),

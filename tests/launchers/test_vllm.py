@@ -154,7 +154,15 @@ def test_scripts_on_other_hosts_and_changed_ones(small, tmp_path, shell):
         ("--tensor_parallel_size=4", "which rank is on which GPU"),
         ("--device-ids=0,1", "which rank is on which GPU"),
         ("--headless", "which rank is on which GPU"),
+        ("--tensor-parallel", "which rank is on which GPU"),
+        ("--tensor_parallel", "which rank is on which GPU"),
+        ("--data_parallel_size=2", "which rank is on which GPU"),
+        ("-n2", "which rank is on which GPU"),
+        ("-t", "which rank is on which GPU"),
         ("--enable-eplb", "where each expert is"),
+        ("--enable_expert", "where each expert is"),
+        ("--disable-expert-parallel", "where each expert is"),
+        ("--eplb-config.num_redundant_experts=4", "where each expert is"),
         ("--expert-placement-strategy=round_robin", "where each expert is"),
     ],
 )
@@ -167,6 +175,26 @@ def test_arguments_that_would_move_ranks(small, tmp_path, shell, word, why):
     with pytest.raises(ExportError, match=f"in the command, but the placement says {why}"):
         emit(small, "vllm", tmp_path / "other", options=Options(command=("m", word)))
     assert not (tmp_path / "other").exists()
+
+
+def test_a_file_of_arguments_is_not_taken(small, tmp_path, shell):
+    """What it says is not looked at, and could move ranks."""
+    emit(small, "vllm", tmp_path)
+    ran = shell(tmp_path / "vllm-node02.sh", "m", "--config", "x.yaml", host="node02")
+    assert (ran.code, ran.out) == (64, "")
+    assert "found --config, but what a file of arguments says is not looked at" in ran.err
+
+
+@pytest.mark.parametrize(
+    "word", ["--max-model-len=8", "--tensor-parallel-sizes", "-O3", "--", "-", "-1", "x.nnodes", "--e5"]
+)
+def test_other_words_are_taken(small, tmp_path, shell, word):
+    """What no parser could take for a refused argument goes to vLLM as it is."""
+    emit(small, "vllm", tmp_path)
+    ran = shell(tmp_path / "vllm-node02.sh", "m", word, host="node02")
+    assert ran.code == 0, ran.err
+    assert ran.argv[-2:] == ["m", word]
+    emit(small, "vllm", tmp_path / "other", options=Options(command=("m", word)))
 
 
 REFUSED = {

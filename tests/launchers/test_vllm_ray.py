@@ -88,6 +88,12 @@ def test_what_stops_the_program(tmp_path):
     emit(make(INTERLEAVED), "vllm-ray", tmp_path)
     for words, code, why in (
         (("m", "-tp=2"), 64, "found -tp=2, but the placement says which rank is on which GPU"),
+        (
+            ("m", "--tensor_parallel", "2"),
+            64,
+            "found --tensor_parallel, but the placement says which rank is on which GPU",
+        ),
+        (("m", "-n2"), 64, "found -n2, but the placement says which rank is on which GPU"),
         ((), 64, "nothing to run; usage: vllm_ray.py [--dry-run] MODEL [ARGUMENT...]"),
     ):
         ran = run(tmp_path, *words)

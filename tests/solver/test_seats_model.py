@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from placer import verify
+from placer.launchers.numbering import HOST_RULES, HostRule
 from placer.solver import seat_rules, seats_model
 from placer.solver.clock import Clock
 from placer.solver.seat_groups import group_levels, most_in_domain, unit_levels
@@ -59,8 +60,8 @@ def check(case: Tiny) -> bool:
     assert seat_rules.keeps_all(others, case.shapes, found.gpus)
     plan = plan_of(case, found.edges, found.gpus)
     assert plan is not None
-    # SGLang asks for degrees besides, which are not a matter of seats.
-    if case.problem.requirements.launcher != "sglang":
+    # Frameworks ask for degrees and one copy of each expert besides, which are not a matter of seats.
+    if HOST_RULES[case.problem.requirements.launcher or "ranks"].framework is None:
         assert verify.broken_decisions(case.problem, plan) == []
     return True
 
@@ -100,6 +101,19 @@ def test_one_requirement_with_all_the_others(first: int, stated: dict[str, Any],
         for seed in range(first, first + 80)
         if can_be_asked(case := tiny(seed, tmp_path, **stated))
     )
+    assert min(told[True], told[False]) >= 5
+
+
+@pytest.mark.parametrize("name", [name for name, rule in HOST_RULES.items() if rule != HostRule()])
+def test_a_launcher_with_all_the_others(name: str, tmp_path: Path) -> None:
+    """The same for every launcher that asks for something of hosts: runs in its own order, equal shares, GPUs in order."""
+    told: Counter[bool] = Counter()
+    for seed in range(70_000, 70_110):
+        case = tiny(seed, tmp_path, launcher=name, exclude={})
+        alike = len(set(case.shapes)) == 1 or HOST_RULES[name].framework is None
+        # Frameworks take no empty stage, which the splits here may have.
+        if alike and can_be_asked(case) and case.problem.request.stages is None:
+            told[check(case)] += 1
     assert min(told[True], told[False]) >= 5
 
 

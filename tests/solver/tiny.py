@@ -16,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placer.cost.memory import stage_memory
-from placer.placement import Plan, StagePlan
+from placer.launchers import numbering
+from placer.launchers.frameworks import FRAMEWORKS, Contiguous
+from placer.launchers.numbering import HOST_RULES, HostRule
+from placer.placement import Plan, StagePlan, StageRecord, StrategyRecord
 from placer.problem import Problem
 from placer.spec.requirements import ExpertPin, MoveLimit, split_seat
 from placer.strategy import (
@@ -310,26 +313,37 @@ def _is_on(problem: Problem, gpus: Ints, seat: str) -> Bools:
 
 
 def _in_runs(case: Tiny, rows: Ints) -> Bools:
-    """Return (ways,) whether the launcher could number the ranks: each host one run, for SGLang of one length."""
+    """Return (ways,) whether the launcher could start ranks on these GPUs: its rule on hosts, for each of its servers."""
     launcher, kept = case.problem.requirements.launcher, np.ones(len(rows), dtype=bool)
-    if launcher not in ("torchrun", "sglang"):
-        return kept
-    stages, starts = len(case.shapes), np.cumsum([0, *[shape.ranks for shape in case.shapes]]).tolist()
-    servers = [list(range(starts[-1]))]
-    if launcher == "sglang":
-        # Every EDP copy is a server of its own, with its ranks of all stages.
-        size = case.shapes[0].ep * case.shapes[0].etp
-        copies = range(0, case.shapes[0].ranks, size)
-        servers = [[start + first + n for start in starts[:-1] for n in range(size)] for first in copies]
-    for number, row in enumerate(case.problem.cluster.host_of[rows].tolist()):
+    rule = HOST_RULES[launcher or "ranks"]
+    servers = [run.tolist() for run in numbering.servers(rule.framework, case.shapes, moe=True)]
+    for number, gpus in enumerate(rows.tolist()):
         for server in servers:
-            hosts = [row[rank] for rank in server]
-            seen = hosts[:1] + [now for before, now in pairwise(hosts) if before != now]
-            kept[number] &= len(seen) == len(set(seen))
-            if launcher == "sglang":
-                kept[number] &= len({hosts.count(host) for host in seen}) == 1
-                kept[number] &= len(seen) % stages == 0 or stages % len(seen) == 0
+            kept[number] &= _can_start(case, rule, [gpus[rank] for rank in server])
     return kept
+
+
+def _can_start(case: Tiny, rule: HostRule, gpus: list[int]) -> bool:
+    """Whether the ranks of one server, in its order, may be on these GPUs."""
+    machine = case.problem.cluster
+    hosts = [int(machine.host_of[gpu]) for gpu in gpus]
+    seen = hosts[:1] + [now for before, now in pairwise(hosts) if before != now]
+    if rule.blocked and len(seen) != len(set(seen)):
+        return False
+    if rule.ascending:
+        for host in set(hosts):
+            own = [int(machine.index[gpu]) for gpu in gpus if machine.host_of[gpu] == host]
+            if own != sorted(own):
+                return False
+    if not rule.equal:
+        return True
+    units = {
+        "sglang": len(case.shapes),
+        "vllm": max(1, case.shapes[0].ep * case.shapes[0].etp // case.shapes[0].tp),
+    }.get(rule.framework or "", 1)
+    return len({hosts.count(host) for host in seen}) == 1 and (
+        len(seen) % units == 0 or units % len(seen) == 0
+    )
 
 
 def _copies_apart(case: Tiny, edges: list[int], rows: Ints) -> Bools:
@@ -494,12 +508,33 @@ def strategies(problem: Problem) -> list[Strategy]:
             kept &= all(
                 scenario.batch % shape.dp == 0 for shape in strategy.stages for scenario in problem.scenarios
             )
-        if asked.launcher == "sglang":
-            kept &= len(set(strategy.stages)) == 1
-            kept &= all(shape.etp == 1 and shape.ep % shape.tp == 0 for shape in ends)
-        if kept:
+        if kept and _can_have_degrees(problem, strategy):
             found.append(strategy)
     return found
+
+
+def _can_have_degrees(problem: Problem, strategy: Strategy) -> bool:
+    """Whether the framework of the launcher runs these degrees, as it says itself, and as many slots."""
+    framework = HOST_RULES[problem.requirements.launcher or "ranks"].framework
+    if framework is None:
+        return True
+    if isinstance(FRAMEWORKS[framework], Contiguous) and problem.requirements.redundant_experts:
+        return False
+    stages = [
+        StageRecord(layers=(0, 1), tp=own.tp, dp=own.dp, ep=own.ep, etp=own.etp) for own in strategy.stages
+    ]
+    asked = Sketch(StrategyRecord(name=strategy.name(), stages=stages), (), {0: [[0]]}, 1)
+    return FRAMEWORKS[framework].cannot_degrees(asked) is None
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """The degrees of a placement of a MoE model, for a framework to look at."""
+
+    strategy: StrategyRecord
+    ranks: tuple[()]
+    experts: dict[int, list[list[int]]]
+    router_groups: int | None
 
 
 def has_plan(problem: Problem, strategy: Strategy) -> bool:
@@ -508,7 +543,8 @@ def has_plan(problem: Problem, strategy: Strategy) -> bool:
     counts = [stage.layers for stage in stated] if stated else [None] * len(strategy.stages)
     case = Tiny(problem, strategy.stages, counts)
     for edges, rows in brute_force(case, apart=False):
-        if problem.requirements.launcher == "sglang" and 0 in np.diff(edges):
+        framework = HOST_RULES[problem.requirements.launcher or "ranks"].framework
+        if framework is not None and not FRAMEWORKS[framework].empty_stages and 0 in np.diff(edges):
             continue
         together = {tuple(_together(case, row)) for row in rows}
         if any(_slots_exist(case, edges, pairs) for pairs in together):

@@ -5,14 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from placer.cost.latency import active_probability
-from placer.solver.experts.task import ExpertTask, Floats
+from placer.solver.experts.task import ExpertTask, Floats, blocks_of
 
 
 def layer_bounds(task: ExpertTask) -> Floats:
     """Return (layers,) lower bounds on the weighted expert time of a layer, over every choice of copies and slots.
 
     Each term of each scenario is bounded by itself: loads that sum to 1 cannot all be below the speed-weighted mean;
-    the rank of the hottest copy carries at least that copy (and, without redundancy, the lightest experts beside it);
+    the rank of the hottest copy carries at least that copy (and, without redundancy, the lightest experts beside it); some
+    rank of a group that stays whole carries its share of the group;
     active slots are fewest as `fewest_active` has it, and some rank reads at least the mean; where ranks differ in
     speed, what the quick ones cannot hold falls to the slow ones (`_left_to_slow`).
     """
@@ -22,6 +23,8 @@ def layer_bounds(task: ExpertTask) -> Floats:
         hot = hottest_copy(loads, task.slots, task.ep)
         if task.slots == task.experts:
             hot = hottest_together(loads, task.fewest_slots, task.ep)
+        if task.groups > 1:
+            hot = np.maximum(hot, hottest_group(loads, task.groups, task.ep))
         active = fewest_active(task, number)
         by_row = np.maximum(_mean_bound(form.by_row), form.by_row.min() * hot)
         by_row = np.maximum(by_row, _left_to_slow(form.by_row, np.ones(task.layers), loads, task.most_slots))
@@ -63,6 +66,15 @@ def hottest_together(loads: Floats, slots_per_rank: int, ep: int) -> Floats:
         )
         best = np.maximum(best, np.minimum(apart, together))
     return np.asarray(best)
+
+
+def hottest_group(loads: Floats, groups: int, ep: int) -> Floats:
+    """Return (layers,) the least possible load of the hottest rank when each group lies on the ranks of one block.
+
+    A group on k ranks gives one of them at least its load / k.
+    """
+    widest = int((blocks_of(loads.shape[1], groups, ep) > 0).sum(axis=1).max())
+    return np.asarray(loads.reshape(len(loads), groups, -1).sum(axis=2).max(axis=1) / widest)
 
 
 def fewest_active(task: ExpertTask, scenario: int) -> Floats:

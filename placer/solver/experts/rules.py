@@ -8,14 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Literal
 
 import numpy as np
 
 from placer.problem import Problem
 from placer.solver.clock import Clock
-from placer.solver.experts import rules_model, rules_proof, rules_repair
+from placer.solver.experts import rules_groups, rules_model, rules_proof, rules_repair
+from placer.solver.experts.model import SMALL_LAYER
 from placer.solver.experts.rules_layer import Bools, LayerRules, held_of, slots_of
 from placer.solver.experts.task import ExpertTask, Floats, Ints, objective
+from placer.solver.launching import groups_kept
 from placer.strategy import Shape
 
 #: Rounds of swaps that lower the objective of repaired layers.
@@ -32,20 +36,31 @@ class ExpertRules:
 
     `must` and `never` hold (expert, EP rank) pairs for each layer; a pair of `must` may name a rank that the stage has
     not. `apart` (ep, ep) says which EP ranks may not both hold copies of one expert. `max_imbalance` is the largest
-    over mean load of the EP ranks.
+    over mean load of the EP ranks. `groups` is how many groups of the router's experts must stay whole, 1 for none: a
+    launcher asks for it whose framework has experts contiguously.
     """
 
     must: tuple[Pairs, ...]
     never: tuple[Pairs, ...]
     apart: Bools | None = None
     max_imbalance: float | None = None
+    groups: int = 1
 
     @property
     def empty(self) -> bool:
         """Whether any slots will do."""
         return (
-            not any(self.must) and not any(self.never) and self.apart is None and self.max_imbalance is None
+            not any(self.must)
+            and not any(self.never)
+            and self.apart is None
+            and self.max_imbalance is None
+            and self.groups == 1
         )
+
+    @property
+    def kept_in_order(self) -> bool:
+        """Whether experts in the order of their numbers keep them: nothing is asked but whole groups."""
+        return replace(self, groups=1).empty
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +102,7 @@ def rules_of(problem: Problem, shape: Shape, gpus: Ints | None, layers: Sequence
         never=tuple(never for _, never in pairs),
         apart=apart if apart is not None and apart.any() else None,
         max_imbalance=problem.requirements.max_imbalance,
+        groups=groups_kept(problem, shape),
     )
 
 
@@ -110,11 +126,14 @@ def settle(
     start: Ints,
     clock: Clock,
     seed: int,
+    *,
+    anew: bool = False,
 ) -> Verdict:
     """Return slots (layers, ep, slots per rank) that keep the rules and stay as quick as they can, or why there are none.
 
-    `start` are good slots that know no rules; `layers` the numbers of the task's layers. A proof of impossibility is a
-    count, or a model that two configurations of CP-SAT refuse.
+    `start` are good slots that know no rules; `layers` the numbers of the task's layers. With `anew`, layers that keep whole
+    groups as they are are placed anew all the same. A proof of impossibility is a count, or a model that two
+    configurations of CP-SAT refuse.
     """
     if rules.empty:
         return Verdict(start, None, None)
@@ -125,7 +144,8 @@ def settle(
     layer_rules = [layer_of(rules, task, number) for number in firsts]
     part = replace(task, loads=task.loads[:, firsts])
     numbers = [layers[number] for number in firsts]
-    found = _Settling(problem, part, layer_rules, numbers, start[firsts], clock, seed).settle()
+    settling = _Settling(problem, part, layer_rules, numbers, start[firsts], clock, seed, rules.groups)
+    found = settling.settle(anew=anew and rules.groups > 1)
     return found if found.slots is None else replace(found, slots=found.slots[like])
 
 
@@ -183,21 +203,34 @@ class _Settling:
         start: Ints,
         clock: Clock,
         seed: int,
+        groups: int,
     ) -> None:
         self.task, self.rules, self.layers, self.clock, self.seed = task, rules, layers, clock, seed
+        self.groups = groups
         self.names = [scenario.name for scenario in problem.scenarios]
         self.slots = start.copy()
         self.held = [held_of(row, task.experts) for row in start]
+        #: Whether every way that was tried to give groups blocks was refused for certain.
+        self.none_so_far = True
 
-    def settle(self) -> Verdict:
+    def settle(self, *, anew: bool) -> Verdict:
         """Count first, repair what is broken, ask CP-SAT where that fails, then improve what changed."""
-        broken = [number for number in range(self.task.layers) if not self._kept(number)]
+        broken = [number for number in range(self.task.layers) if anew or not self._kept(number)]
         for number in broken:
             clause = rules_proof.counted(self.rules[number], self.task.loads[:, number], self.names)
             if clause is not None:
                 return replace(self._impossible(number, clause), counted=True)
         undecided: list[int] = []
         for number in broken:
+            if self.groups > 1:
+                grouped = self._in_groups(number)
+                if grouped == "none":
+                    clause = f"no slots keep {rules_proof.stated(self.rules[number])} and the router's groups whole"
+                    return self._impossible(number, clause)
+                if grouped == "undecided":
+                    undecided.append(number)
+                    break
+                continue
             if self._repair(number):
                 continue
             found, none = rules_model.decide(
@@ -216,11 +249,90 @@ class _Settling:
         self._improve(broken)
         return Verdict(self.slots, None, None)
 
+    def _in_groups(self, number: int) -> Literal["kept", "none", "undecided"]:
+        """Give a layer slots with the router's groups whole, and let its rules keep each group on the ranks of its block.
+
+        Small layers take the best of all ways to give groups blocks, large ones an even way, improved by exchanges.
+        """
+        rules, task = self.rules[number], self.task.layer(number)
+        room = rules_groups.GroupRoom(rules, self.groups)
+        ways = list(islice(room.every(), rules_groups.EVERY + 1))
+        if not ways:
+            return "none"
+        heat, speed = self._heat(number), rules_groups.speed_of(task)
+        if rules_groups.indifferent(task, room):
+            ways = ways[:1]
+        small = task.experts * task.ep <= SMALL_LAYER
+        even = self._even_blocks(task, room, heat, speed)
+        found = [] if small and 1 < len(ways) <= rules_groups.EVERY else self._on_blocks(number, [even], room)
+        if found:
+            self.rules[number], self.held[number] = found[0][1:]
+            return "kept"
+        if len(ways) > rules_groups.EVERY:
+            return "undecided"
+        self.none_so_far = True
+        found = self._on_blocks(number, ways, room)
+        if found:
+            best = min(range(len(found)), key=lambda way: (found[way][0], way))
+            self.rules[number], self.held[number] = found[best][1:]
+            return "kept"
+        return "none" if self.none_so_far else "undecided"
+
+    def _even_blocks(
+        self, task: ExpertTask, room: rules_groups.GroupRoom, heat: Floats, speed: Floats
+    ) -> Ints:
+        """Return a block for every group that leaves the layer quick, by exchanges of two groups from an even start."""
+        block = room.balanced(heat, speed)
+        if block is None:
+            raise AssertionError("there is a way to give groups blocks")
+        if rules_groups.indifferent(task, room):
+            return block
+        now = rules_repair.choices_cost(task, room.dealt(block, heat, speed)[None])[0]
+        for _ in range(rules_groups.ROUNDS):
+            tries = room.exchanges(block)
+            if self.clock.over() or not tries:
+                break
+            costs = rules_repair.choices_cost(
+                task, np.stack([room.dealt(other, heat, speed) for other in tries])
+            )
+            if costs.min() >= now * (1 - 1e-9):
+                break
+            block, now = tries[int(costs.argmin())], costs.min()
+        return block
+
+    def _on_blocks(
+        self, number: int, ways: list[Ints], room: rules_groups.GroupRoom
+    ) -> list[tuple[float, LayerRules, Bools]]:
+        """Return cost, rules and holdings for each way to give groups blocks on which slots were found."""
+        rules, loads, task = self.rules[number], self.task.loads[:, number], self.task.layer(number)
+        heat, speed = self._heat(number), rules_groups.speed_of(task)
+        found: list[tuple[float, LayerRules, Bools]] = []
+        before = self.held[number]
+        for block in ways:
+            self.rules[number] = rules_groups.with_blocks(rules, block)
+            self.held[number] = held_of(room.dealt(block, heat, speed), task.experts)
+            if not self._repair(number):
+                held, none = rules_model.decide(
+                    self.rules[number], loads, self.held[number], self.clock, self.seed
+                )
+                self.none_so_far = self.none_so_far and none
+                if held is None:
+                    continue
+                self.held[number] = held
+            if len(ways) > 1:
+                self._improve([number])
+                self.held[number] = held_of(self.slots[number], task.experts)
+            cost = float(objective(task, slots_of(self.held[number])[None])[0])
+            found.append((cost, self.rules[number], self.held[number]))
+        self.rules[number], self.held[number] = rules, before
+        return found
+
     def _impossible(self, number: int, clause: str) -> Verdict:
         return Verdict(None, f"at layer {self.layers[number]} {clause}", self.layers[number])
 
     def _kept(self, number: int) -> bool:
-        return self.rules[number].keeps(self.held[number], self.task.loads[:, number])
+        kept = self.rules[number].keeps(self.held[number], self.task.loads[:, number])
+        return kept and (self.groups == 1 or rules_groups.keeps_groups(self.held[number], self.groups))
 
     def _repair(self, number: int) -> bool:
         """Put a layer on the nearest holdings that keep its rules; return whether they do."""

@@ -405,14 +405,14 @@ def _changed(task: ExpertTask, slots: Ints, rules: LayerRules) -> Ints | None:
     number, rank = np.arange(len(changes)), changes[:, 0]
     place = (slots[rank] == changes[:, 1:2]).argmax(axis=1)
     after[number, rank, place] = changes[:, 2]
-    for candidate in np.argsort(_values(task, after), kind="stable").tolist():
+    for candidate in np.argsort(choices_cost(task, after), kind="stable").tolist():
         found = held_of(after[candidate], task.experts)
         if rules.keeps(found, task.loads[:, 0]):
             return slots_of(found)
     return None
 
 
-def _values(task: ExpertTask, slots: Ints) -> Floats:
+def choices_cost(task: ExpertTask, slots: Ints) -> Floats:
     """Return (choices,) objectives of choices of slots (choices, ep, slots per rank) of the one layer of a task."""
     total = np.zeros(len(slots))
     for number, forms in enumerate(task.forms):

@@ -18,7 +18,8 @@ class ExpertTask:
     """The MoE layers of one stage that share their forms.
 
     `loads` is (scenarios, layers, experts) shares of routed tokens; `forms`, `weights` and `tokens` have one entry for
-    each scenario; `weights` are those of the objective. Every EP rank has `slots_per_rank` slots.
+    each scenario; `weights` are those of the objective. Every EP rank has `slots_per_rank` slots. `groups` is how many groups
+    of experts stay whole, 1 where any order will do: see `rules_groups`.
     """
 
     loads: Floats
@@ -29,6 +30,7 @@ class ExpertTask:
     ep: int
     slots_per_rank: int
     room: Ints | None = None
+    groups: int = 1
 
     @property
     def layers(self) -> int:
@@ -67,3 +69,11 @@ def objective(task: ExpertTask, slots: Ints) -> Floats:
         share, active = rank_loads(slots, task.loads[number], task.tokens[number], task.top_k)
         total += task.weights[number] * sum(forms.times(share, active).values())
     return total
+
+
+def blocks_of(experts: int, groups: int, ep: int) -> Ints:
+    """Return (groups, ep) how many positions of each block are on each EP rank: experts contiguous, as many positions a block."""
+    found = np.zeros((groups, ep), dtype=np.int64)
+    place = np.arange(experts)
+    np.add.at(found, (place // (experts // groups), place // (experts // ep)), 1)
+    return found
