@@ -181,9 +181,12 @@ def test_like_stages_share_a_column() -> None:
 
 
 def test_a_broken_placement_is_shown_without_failing() -> None:
-    memory = [{"rank": 0, "bytes": 2**62, "limit_bytes": 0, "parts": {"x\x1b[2J": 2**62}}]
+    memory = [{"rank": 0, "bytes": 2**62, "limit_bytes": 0, "parts": {"x": 2**62}}]
     latency = {"a": {"total_s": -1.0, "terms": {"b": 1e300}}}
-    shown = text(placement_report(placement(memory=memory, latency=latency)))
+    broken = placement(memory=memory, latency=latency)
+    # As a file could not have it, but an object can.
+    broken.memory[0].parts["x\x1b[2J"] = broken.memory[0].parts.pop("x")
+    shown = text(placement_report(broken))
     assert "x\\x1b[2J" in shown
     assert "\x1b" not in shown
 
