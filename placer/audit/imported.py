@@ -6,6 +6,7 @@ is to be the one that runs, so here whatever decides where something is has to b
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -201,7 +202,7 @@ def _placement(problem: Problem, plan: Plan, given: LaunchFiles, assumptions: tu
 def _prose(text: str) -> str:
     """Return a text as a placement file may hold it: a path in it can be anything."""
     printable = "".join(sign if sign.isprintable() else "?" for sign in text)
-    return printable.replace("${", "{").replace("$(", "(")[:MAX_PROSE]
+    return re.sub(r"\$+(?=[({])", "", printable)[:MAX_PROSE]
 
 
 def _notes(given: LaunchFiles, found: StatedPlan, placement: Placement) -> tuple[str, ...]:

@@ -280,7 +280,8 @@ def _launcher(problem: Problem, value: Any) -> str:
     asks += ["as many on every host"] if rule.equal else []
     asks += [f"{of_what} of a host on GPUs of ascending index"] if rule.ascending else []
     if not asks or problem.mig.any():
-        asks.append("no rank that talks to others on a MIG device")
+        talking = "that talks to others " if rule.mig else ""
+        asks.append(f"no rank {talking}on a MIG device")
     told = asks[0] if len(asks) == 1 else f"{', '.join(asks[:-1])} and {asks[-1]}"
     return f"`launcher: {value}` wants {told}"
 

@@ -286,12 +286,15 @@ def _launcher(finder: Searcher, problem: Problem, member: Member, out: Found) ->
     from placer.launchers.registry import LAUNCHERS
 
     stated = problem.requirements.launcher or ""
-    own = HOST_RULES[stated]
-    others = [name for name in HOST_RULES if name in LAUNCHERS and HOST_RULES[name] != own]
-    first_of = {HOST_RULES[name]: name for name in reversed(others)}
+    # Without a MIG device it is all one what a launcher does with them.
+    any_mig = bool(problem.mig.any())
+    rules = {name: replace(rule, mig=rule.mig or not any_mig) for name, rule in HOST_RULES.items()}
+    own = rules[stated]
+    others = [name for name in rules if name in LAUNCHERS and rules[name] != own]
+    first_of = {rules[name]: name for name in reversed(others)}
 
     def distance(name: str) -> tuple[bool, bool, int]:
-        rule = HOST_RULES[name]
+        rule = rules[name]
         other = rule.framework is not None and rule.framework != own.framework
         return (
             other,

@@ -15,12 +15,13 @@ from placer.launchers.job import (
     Placed,
     by_host,
     job_of,
+    mig_at_all,
     mig_beside_others,
     mig_in_a_group,
     not_blocked,
     unequal,
 )
-from placer.launchers.numbering import HOST_RULES, FrameworkName, HostRule, hosts_admitted
+from placer.launchers.numbering import HOST_RULES, FrameworkName, HostRule, engines, hosts_admitted
 from placer.launchers.scripts import EmittedFile
 from placer.launchers.soundness import check_placement
 from placer.placement import Placement
@@ -114,7 +115,7 @@ class Launcher(ABC):
         if own is not None and framework not in (None, own):
             return f"it starts {own} with the rank numbers of {own}, and `--framework {framework}` asks for others"
         named = own or framework
-        reason = mig_in_a_group(placed)
+        reason = mig_in_a_group(placed) or (None if self.rule.mig else mig_at_all(placed, self.name))
         if reason is None and named is not None:
             reason = FRAMEWORKS[named].cannot(placed)
         if reason is None and own is None and framework is not None:
@@ -196,6 +197,19 @@ def hosts_refused(job: Job, rule: HostRule) -> str | None:
         reason = _server_refused(server, rule, job)
         if reason is not None:
             return reason if len(all_servers) == 1 else f"in server {number}, {reason}"
+    return _not_ascending(job, rule) if rule.ascending else None
+
+
+def _not_ascending(job: Job, rule: HostRule) -> str | None:
+    """Return which ranks of an engine are on GPUs of a host in another order than that of their indices, or None."""
+    for engine in engines(rule.framework, job.shapes, moe=bool(job.experts)):
+        for host in by_host([job.ranks[rank] for rank in engine.tolist()]):
+            indices = [record.gpu for record in host.ranks]
+            if indices != sorted(indices):
+                return (
+                    f"the ranks {', '.join(str(record.rank) for record in host.ranks)} of host {host.host} are on its GPUs "
+                    f"{', '.join(map(str, indices))}, and an engine takes the GPUs of a host by ascending index"
+                )
     return None
 
 
@@ -211,13 +225,4 @@ def _server_refused(server: Job, rule: HostRule, whole: Job) -> str | None:
             reason = (
                 f"its {len(hosts)} hosts and its {what} do not divide one another, as {rule.framework} needs"
             )
-    if reason is None and rule.ascending:
-        for host in hosts:
-            indices = [record.gpu for record in host.ranks]
-            if indices != sorted(indices):
-                reason = (
-                    f"the ranks {host.runs} of host {host.host} are on its GPUs {', '.join(map(str, indices))}, "
-                    "and the launcher gives a host's GPUs out by ascending index"
-                )
-                break
     return reason

@@ -53,6 +53,10 @@ class Framework(ABC):
     def moe_degrees(self, shape: Shape) -> str | None:
         """Return why the degrees of a stage of a MoE model cannot be expressed, or None."""
 
+    def contiguous(self, shape: Shape) -> bool:
+        """Whether a stage of these degrees has experts in order over its EP ranks, one copy of each."""
+        return False
+
     @abstractmethod
     def cannot_experts(self, placed: Placed) -> str | None:
         """Return why the experts of a MoE model cannot lie as they do, or None."""
@@ -64,6 +68,10 @@ class Framework(ABC):
 
 class Contiguous(Framework):
     """A framework that has experts 0 to k - 1 on EP rank 0, and so on: another order is a reordered checkpoint."""
+
+    def contiguous(self, shape: Shape) -> bool:
+        """Return True: whatever the degrees."""
+        return True
 
     def cannot_experts(self, placed: Placed) -> str | None:
         """Return why not: one copy of each expert, as many on every rank, groups of the router whole."""
@@ -173,16 +181,22 @@ class TensorrtLlm(Mapped):
     form, file = LoadBalancer(), "moe_load_balancer.yaml"
 
     def moe_degrees(self, shape: Shape) -> str | None:
-        """Return why not: whole experts, and attention TP of 1 or over all ranks of a server's stage."""
-        if shape.etp != 1:
-            return f"etp is {shape.etp}, and TensorRT-LLM's expert map is for whole experts, etp 1"
+        """Return why not: attention TP of 1, with whole experts, or over all ranks of a server's stage."""
         size = server_size(shape, moe=True)
+        if shape.etp != 1 and shape.tp != size:
+            return (
+                f"etp is {shape.etp}, and TensorRT-LLM with attention DP reads a map of whole experts, etp 1"
+            )
         if shape.tp not in (1, size):
             return (
                 f"tp is {shape.tp}, and a TensorRT-LLM server of {size} ranks a stage has attention TP {size}, or 1 "
                 "with attention DP"
             )
         return None
+
+    def contiguous(self, shape: Shape) -> bool:
+        """Whether no map is read: without attention DP, or on one rank."""
+        return shape.tp > 1 or shape.ep_group == 1
 
     def cannot_experts(self, placed: Placed) -> str | None:
         """Return why not: with attention DP as for any map, else one copy of each expert, as many on every rank."""
@@ -208,7 +222,8 @@ class TensorrtLlm(Mapped):
     def reads_map(placed: Placed) -> bool:
         """Whether the servers have attention DP: TP 1, over several ranks."""
         stage = placed.strategy.stages[0]
-        return stage.tp == 1 and stage.ep * stage.etp > 1
+        shape = Shape(tp=stage.tp, dp=stage.dp, ep=stage.ep, etp=stage.etp)
+        return not FRAMEWORKS["trtllm"].contiguous(shape)
 
 
 FRAMEWORKS: dict[FrameworkName, Framework] = {

@@ -134,11 +134,6 @@ def in_rank_order(placement: Placed) -> list[RankRecord]:
     return sorted(placement.ranks, key=lambda record: record.rank)
 
 
-def ranks_by_host(placement: Placed) -> list[HostRanks]:
-    """Return every host with its ranks, hosts in the order of their first rank."""
-    return by_host(in_rank_order(placement))
-
-
 def by_host(ranks: Sequence[RankRecord]) -> list[HostRanks]:
     """Return the hosts of some ranks, each with its own, in the order given."""
     found: dict[str, list[RankRecord]] = {}
@@ -186,6 +181,14 @@ def mig_in_a_group(placed: Placed) -> str | None:
                         f"rank {record.rank} is on the MIG device {record.uuid} of {record.host}, which cannot talk to "
                         f"the others of its {name} group of {degree} ranks"
                     )
+    return None
+
+
+def mig_at_all(placed: Placed, name: str) -> str | None:
+    """Return a sentence on the first rank on a MIG device, for a launcher `name` that starts none there, or None."""
+    for record in in_rank_order(placed):
+        if record.uuid is not None and record.uuid.startswith("MIG-"):
+            return f"rank {record.rank} is on the MIG device {record.uuid} of {record.host}, and {name} starts none there"
     return None
 
 

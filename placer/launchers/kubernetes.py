@@ -58,10 +58,7 @@ class Kubernetes(Launcher):
     containers = True
 
     def refuses(self, job: Job) -> str | None:
-        """Return why not: hosts that no node can be named after, and parts of GPUs."""
-        for record in job.ranks:
-            if record.uuid is not None and record.uuid.startswith("MIG-"):
-                return f"rank {record.rank} is on the MIG device {record.uuid}, and the pods ask for whole GPUs ({GPU})"
+        """Return why not: hosts that no node can be named after."""
         nodes: dict[str, str] = {}
         for host in job.hosts:
             node = _node(host.host)

@@ -30,13 +30,15 @@ class HostRule:
     """What a launcher asks of ranks on hosts.
 
     `blocked`: in each server's order of ranks, a host holds one unbroken run. `equal`: hosts of a server hold as many.
-    `ascending`: the ranks that a host holds of a server are on GPUs of ascending index. `framework` is the one whose
+    `ascending`: the ranks that a host holds of an engine are on GPUs of ascending index. `mig`: a rank that talks to no
+    other may be on a MIG device; a process that sees all devices of its host takes one of them alone. `framework` is the one whose
     servers and numbering it implies, None where it starts any program.
     """
 
     blocked: bool = False
     equal: bool = False
     ascending: bool = False
+    mig: bool = True
     framework: FrameworkName | None = None
 
 
@@ -51,13 +53,13 @@ HOST_RULES: dict[str, HostRule] = {
     "intelmpi": HostRule(),
     "deepspeed": HostRule(blocked=True, equal=True, framework="deepspeed"),
     "megatron": HostRule(blocked=True, framework="megatron"),
-    "vllm": HostRule(blocked=True, equal=True, framework="vllm"),
-    "vllm-ray": HostRule(ascending=True, framework="vllm"),
-    "sglang": HostRule(blocked=True, equal=True, framework="sglang"),
-    "trtllm": HostRule(blocked=True, equal=True, framework="trtllm"),
+    "vllm": HostRule(blocked=True, equal=True, mig=False, framework="vllm"),
+    "vllm-ray": HostRule(ascending=True, mig=False, framework="vllm"),
+    "sglang": HostRule(blocked=True, equal=True, mig=False, framework="sglang"),
+    "trtllm": HostRule(blocked=True, equal=True, mig=False, framework="trtllm"),
     "ray": HostRule(),
-    "jax": HostRule(),
-    "kubernetes": HostRule(),
+    "jax": HostRule(mig=False),
+    "kubernetes": HostRule(mig=False),
     "nccl": HostRule(),
 }
 
@@ -86,6 +88,15 @@ def servers(framework: FrameworkName | None, shapes: Sequence[Shape], *, moe: bo
     else:
         grid = grid.transpose(1, 0, 2)
     return list(np.ascontiguousarray(grid).reshape(grid.shape[0], -1))
+
+
+def engines(framework: FrameworkName | None, shapes: Sequence[Shape], *, moe: bool) -> list[Ints]:
+    """Return the ranks of every engine in the framework's order: of vLLM the PP x TP ranks of a DP rank, else servers."""
+    found = servers(framework, shapes, moe=moe)
+    if framework != "vllm" or len(set(shapes)) > 1 or len(found[0]) % (len(shapes) * shapes[0].tp):
+        return found
+    size = len(shapes) * shapes[0].tp
+    return [engine for server in found for engine in server.reshape(-1, size)]
 
 
 def server_size(shape: Shape, *, moe: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from itertools import pairwise
 
 from pydantic import ValidationError
@@ -12,8 +11,6 @@ from placer.errors import InputError
 from placer.launchers.job import in_rank_order
 from placer.placement import Placement, RankRecord
 from placer.strategy import Shape
-
-_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]{0,63}")
 
 
 def check_placement(placement: Placement) -> None:
@@ -30,8 +27,6 @@ def check_placement(placement: Placement) -> None:
         raise InputError(f"the placement cannot be used: {first['msg']}", key=place) from None
     except (PydanticSerializationError, AttributeError, TypeError) as error:
         raise InputError(f"the placement cannot be used: {error}") from None
-    if not _VERSION.fullmatch(placement.placer):
-        raise InputError(f"found {placement.placer[:60]!r}, expected a version such as `0.1.0`", key="placer")
     if placement.edited:
         raise InputError(
             "the ranks, experts or stages were changed after the file was written; where `placer verify` finds nothing "

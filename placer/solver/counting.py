@@ -6,7 +6,7 @@ no placement of that strategy can exist, in words, and by how much it misses.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,7 +21,7 @@ from placer.solver.launching import barred_hosts, keeps_off_mig, one_copy_each
 from placer.solver.seat_groups import group_levels, hosts_admitted, launch_runs, wants_equal_hosts
 from placer.solver.stages import FORBIDDEN, MemoryTable, StageMemory, least_layers
 from placer.spec.units import format_bytes
-from placer.strategy import Strategy
+from placer.strategy import Shape, Strategy
 
 Ints = NDArray[np.int64]
 
@@ -350,14 +350,17 @@ def launcher(case: Case) -> Objection | None:
 
 def one_copy(case: Case) -> Objection | None:
     """A launcher whose framework has experts contiguously has as many slots as experts."""
-    found = copies_refused(case.problem)
+    found = copies_refused(case.problem, case.strategy.stages)
     return None if found is None else Objection("launcher", found)
 
 
-def copies_refused(problem: Problem) -> str | None:
-    """Return why the slots are too many for the launcher, in a clause; None where they are not."""
+def copies_refused(problem: Problem, shapes: Sequence[Shape] = ()) -> str | None:
+    """Return why the slots are too many for the launcher, in a clause; None where they are not.
+
+    Of stages of `shapes`, or without them whatever the degrees.
+    """
     moe, name = problem.model.moe, problem.requirements.launcher
-    if moe is None or problem.slots == moe.experts or not one_copy_each(problem):
+    if moe is None or problem.slots == moe.experts or not one_copy_each(problem, shapes):
         return None
     return f"makes {problem.slots} slots of {moe.experts} experts, and `{name}` has one copy of each"
 
@@ -381,17 +384,22 @@ def usable_hosts(case: Case) -> Objection | None:
 
 
 def mig_devices(case: Case) -> Objection | None:
-    """Ranks that talk to others have GPUs that are no MIG devices, where a launcher must be able to start them."""
+    """Ranks that talk to others, and all ranks of some launchers, have GPUs that are no MIG devices."""
     problem, shapes = case.problem, case.strategy.stages
     ranks = sum(shape.ranks for shape in shapes if keeps_off_mig(problem, shape))
     there = int((problem.allowed & ~problem.mig).sum())
     if ranks <= there or not problem.mig.any():
         return None
     name = problem.requirements.launcher
+    alone = max(max(shape.tp, shape.ep, shape.etp) for shape in shapes) == 1
+    what = (
+        "whose processes see MIG devices among others"
+        if alone
+        else "that talk to others, which MIG devices cannot"
+    )
     return Objection(
         "launcher",
-        f"has {_count(ranks, 'rank')} that talk to others, which MIG devices cannot, so that `{name}` does not start them "
-        f"there, and {_count(there, 'free GPU')} that {'is' if there == 1 else 'are'} none",
+        f"has {_count(ranks, 'rank')} {what}, so that `{name}` does not start them there, and {_count(there, 'free GPU')} that {'is' if there == 1 else 'are'} none",
         ranks / (there + 1),
     )
 

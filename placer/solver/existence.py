@@ -27,7 +27,7 @@ from placer.solver.expert_refusals import ExpertRefusals, in_order
 from placer.solver.experts import placing
 from placer.solver.experts.rules import Verdict, rules_of
 from placer.solver.experts.task import ExpertTask
-from placer.solver.launching import whole_groups
+from placer.solver.launching import rule_of
 from placer.solver.quick_seats import quick_seats
 from placer.solver.refusals import Refusals, limit_text, nothing_to_try
 from placer.solver.seat_question import signature
@@ -99,9 +99,9 @@ class Known:
         return self._strategies[key]
 
     def times(self, problem: Problem) -> tuple[CostModel, StrategyBound, dict[object, list[float]]]:
-        """Return cost model, bounds and the steps that are known, for the work, slots, GPUs and whole groups of a problem."""
+        """Return cost model, bounds and the steps that are known, for the work, slots, GPUs and framework of a problem."""
         work = tuple(scenario.model_dump_json() for scenario in problem.scenarios)
-        key = (work, problem.slots, problem.allowed.tobytes(), whole_groups(problem))
+        key = (work, problem.slots, problem.allowed.tobytes(), rule_of(problem).framework)
         if key not in self._known:
             cost = CostModel(problem)
             self._known[key] = cost, StrategyBound(problem, cost), {}

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from placer.problem import Problem
 from placer.solver.launching import barred, rule_of, servers_of
-from placer.solver.seat_groups import hosts_admitted, launch_runs, wants_equal_hosts
+from placer.solver.seat_groups import gpu_orders, hosts_admitted, launch_runs, wants_equal_hosts
 from placer.solver.seat_rules import in_gpu_order
 from placer.strategy import Shape
 
@@ -44,13 +44,11 @@ def arranged(problem: Problem, shapes: Sequence[Shape], gpus: Sequence[Ints]) ->
     if not (rule.blocked or rule.ascending):
         return list(gpus)
     every = np.concatenate(gpus)
-    for run in servers_of(problem, shapes):
-        own = every[run]
-        if rule.blocked:
-            own = own[_in_blocks(problem.cluster.host_of[own])]
-        if rule.ascending:
-            own = in_gpu_order(problem, own)
-        every[run] = own
+    if rule.blocked:
+        for run in servers_of(problem, shapes):
+            every[run] = every[run][_in_blocks(problem.cluster.host_of[every[run]])]
+    for order in gpu_orders(problem, shapes):
+        every[order] = in_gpu_order(problem, every[order])
     return _by_stage(shapes, every)
 
 

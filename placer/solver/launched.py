@@ -18,7 +18,7 @@ from placer.problem import Problem
 from placer.solver import certificates, counting
 from placer.solver.clock import Clock
 from placer.solver.launching import asks_nothing
-from placer.solver.search import OPTIMAL_GAP, Result
+from placer.solver.search import BOUND_ROUNDING, OPTIMAL_GAP, Result
 from placer.strategy import enumerate_strategies
 
 #: Share of the time for the search without the launcher, where the launcher asks for something.
@@ -57,7 +57,13 @@ def search(problem: Problem, clock: Clock, find: Find) -> tuple[Result, Launcher
         own = replace(without, bound=own.bound, cut_short=own.cut_short)
     if own.objective is None:
         return own, None
-    bound = min(max(own.bound or 0.0, without.bound or 0.0), own.objective)
+    bound = max(own.bound or 0.0, without.bound or 0.0)
+    if bound > own.objective * (1 + BOUND_ROUNDING):
+        raise SolverError(
+            f"the bound {bound!r} under the launcher is above a placement of {own.objective!r} that it can express; "
+            "this is a fault in placer"
+        )
+    bound = min(bound, own.objective)
     closed = own.objective - bound <= OPTIMAL_GAP * own.objective
     own = replace(own, bound=bound, status="optimal" if closed else "feasible")
     better = _value(without) < _value(own) * (1 - ROUNDING)

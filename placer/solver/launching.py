@@ -7,6 +7,7 @@ verify asks the launcher itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,8 @@ def rule_of(problem: Problem) -> HostRule:
 
 def asks_nothing(problem: Problem) -> bool:
     """Whether the launcher, by its rule, can express every placement of the problem."""
-    return rule_of(problem) == HostRule() and not problem.mig.any() and barred_hosts(problem) is None
+    anything = replace(rule_of(problem), mig=True) == HostRule()
+    return anything and not problem.mig.any() and barred_hosts(problem) is None
 
 
 def servers_of(problem: Problem, shapes: Sequence[Shape]) -> list[Ints]:
@@ -56,8 +58,10 @@ def admitted_hosts(problem: Problem, shapes: Sequence[Shape], most: int) -> tupl
 
 
 def keeps_off_mig(problem: Problem, shape: Shape) -> bool:
-    """Whether no rank of a stage may be on a MIG device: its ranks talk to others, and every launcher refuses that."""
-    return problem.requirements.launcher is not None and max(shape.tp, shape.ep, shape.etp) > 1
+    """Whether no rank of a stage may be on a MIG device: they talk to others, or the launcher starts none there at all."""
+    if problem.requirements.launcher is None:
+        return False
+    return max(shape.tp, shape.ep, shape.etp) > 1 or not rule_of(problem).mig
 
 
 def barred(problem: Problem, shape: Shape) -> Mask | None:
@@ -87,26 +91,31 @@ def every_stage_holds_layers(problem: Problem) -> bool:
     return framework is not None and not _empty_stages(framework)
 
 
-def one_copy_each(problem: Problem) -> bool:
-    """Whether the launcher's framework has experts contiguously, so that each has one copy."""
+def one_copy_each(problem: Problem, shapes: Sequence[Shape] = ()) -> bool:
+    """Whether the launcher's framework has experts contiguously, so that each has one copy: some stage of `shapes`.
+
+    Without shapes, whether it does whatever the degrees.
+    """
     framework = rule_of(problem).framework
-    return problem.model.moe is not None and framework is not None and _contiguous(framework)
+    if problem.model.moe is None or framework is None:
+        return False
+    return _always_contiguous(framework) or any(_contiguous(framework, shape) for shape in shapes)
 
 
-def whole_groups(problem: Problem) -> int:
+def whole_groups(problem: Problem, shapes: Sequence[Shape] = ()) -> int:
     """Return how many groups of the router's experts must each stay whole, as a reordered checkpoint keeps them; 1 for any order.
 
-    See `expert_maps.permutation` for what whole means.
+    Of stages of `shapes`, or without them whatever the degrees. See `expert_maps.permutation` for what whole means.
     """
     moe = problem.model.moe
-    return moe.groups if moe is not None and moe.groups > 1 and one_copy_each(problem) else 1
+    return moe.groups if moe is not None and moe.groups > 1 and one_copy_each(problem, shapes) else 1
 
 
 def groups_kept(problem: Problem, shape: Shape) -> int:
     """Return how many groups must stay whole in a stage: those of `whole_groups`, where experts have one copy on several ranks."""
     moe = problem.model.moe
     alone = moe is None or problem.slots != moe.experts or shape.ep == 1
-    return 1 if alone else whole_groups(problem)
+    return 1 if alone else whole_groups(problem, (shape,))
 
 
 # Imported late: with the forms of expert maps and their readers, they are wanted by the few problems that name a framework.
@@ -129,10 +138,17 @@ def _lone_rank(host: str) -> Job:
 
 
 @cache
-def _contiguous(framework: FrameworkName) -> bool:
+def _always_contiguous(framework: FrameworkName) -> bool:
     from placer.launchers.frameworks import FRAMEWORKS, Contiguous
 
     return isinstance(FRAMEWORKS[framework], Contiguous)
+
+
+@cache
+def _contiguous(framework: FrameworkName, shape: Shape) -> bool:
+    from placer.launchers.frameworks import FRAMEWORKS
+
+    return FRAMEWORKS[framework].contiguous(shape)
 
 
 @cache

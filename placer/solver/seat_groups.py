@@ -124,7 +124,10 @@ def launch_runs(problem: Problem, shapes: Sequence[Shape]) -> list[Ints]:
 
 def gpu_orders(problem: Problem, shapes: Sequence[Shape]) -> list[Ints]:
     """Return the rank sequences in each of which a host's ranks must be on GPUs of ascending index; empty for any order."""
-    return servers_of(problem, shapes) if rule_of(problem).ascending else []
+    rule = rule_of(problem)
+    return (
+        numbering.engines(rule.framework, shapes, moe=problem.model.moe is not None) if rule.ascending else []
+    )
 
 
 def wants_equal_hosts(problem: Problem) -> bool:

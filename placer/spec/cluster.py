@@ -349,6 +349,8 @@ class _Builder:
         types, type_number = self._types()
         hosts: list[str] = []
         seen: set[str] = set()
+        # Names of hosts have no case in DNS.
+        lower: dict[str, str] = {}
         columns: dict[str, list[Any]] = {
             name: []
             for name in (
@@ -373,6 +375,12 @@ class _Builder:
                 )
             uuids = group.uuids_by_host()
             for host in expand_hosts(group.hosts):
+                if host.lower() in lower and host not in seen:
+                    raise self._error(
+                        ("hosts", number, "hosts"),
+                        f"names the host `{host}`, which differs from `{lower[host.lower()]}` in upper and lower case alone",
+                    )
+                lower[host.lower()] = host
                 if host in seen:
                     raise self._error(("hosts", number, "hosts"), f"names the host `{host}` a second time")
                 if len(hosts) == MAX_HOSTS:

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from placer import cli, verify
-from placer.audit.imported import Imported, ImportWishes, import_placement
+from placer.audit.imported import Imported, ImportWishes, _prose, import_placement
 from placer.audit.placements import AuditWishes, audit_files
 from placer.audit.stated_problem import StatedProblem
 from placer.errors import InputError
@@ -29,6 +29,7 @@ from placer.placement import Placement, Plan, StagePlan, load_placement, save_pl
 from placer.problem import Problem, load_problem
 from placer.solver.answer import make_placement, solve
 from placer.solver.search import Result
+from placer.spec.names import check_prose
 from placer.strategy import Shape
 from tests.conftest import Solved
 from tests.shared_data import ROOT
@@ -395,3 +396,9 @@ def test_the_command_refuses_in_one_sentence(
     told = capsys.readouterr()
     assert says in told.err
     assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize("text", ["a$${b", "a$$((b", "$${(", "a\nb", "x" * 5000, "$" * 100 + "{"])
+def test_a_path_in_a_note_can_be_read_again(text: str) -> None:
+    """Whatever a file is called, the note that names it is one that a placement file may hold."""
+    assert check_prose(_prose(text)) == _prose(text)

@@ -128,12 +128,10 @@ def check_misuse(scripts: Scripts, folder: Path, shell: Shell) -> None:
         ran = shell(script, *words, host="anywhere")
         assert (ran.code, ran.out) == (64, "")
         assert usage in ran.err
-    ran = shell(script, "program", ":", "other", host="anywhere")
-    assert (ran.code, ran.out) == (64, "")
-    assert (
-        f"found `:` among the arguments, which {scripts.program} takes for the beginning of another"
-        in ran.err
-    )
+    for words in (["program", ":", "other"], ["--mpirun", ":", "other", "--", "program"]):
+        ran = shell(script, *words, host="anywhere")
+        assert (ran.code, ran.out) == (64, "")
+        assert f"found `:` among the arguments, which {scripts.program} takes for the beginning" in ran.err
     ran = shell(script, "--dryrun", "program", host="anywhere")
     assert (ran.code, ran.out) == (64, "")
     assert "found --dryrun, expected --dry-run" in ran.err

@@ -6,7 +6,8 @@ import pytest
 
 from placer.launchers.frameworks import FRAMEWORKS, expert_map, slots_and_experts
 from placer.launchers.job import job_of
-from placer.launchers.numbering import FRAMEWORK_NAMES
+from placer.launchers.numbering import FRAMEWORK_NAMES, HOST_RULES
+from placer.launchers.registry import LAUNCHERS
 from placer.placement import Placement
 from placer.strategy import Shape
 from tests.launchers.by_hand import make
@@ -122,3 +123,22 @@ def test_slots_experts_and_map(moe):
     found = expert_map(moe)
     assert found.experts == 6
     assert {layer: held.tolist() for layer, held in found.layers.items()} == moe.experts
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_mig_device_for_a_lone_rank(name: str) -> None:
+    """A rank that talks to no other may be on a MIG device, but not where a process sees all devices of its host."""
+    alone = make([("node01", 0, "MIG-1"), ("node02", 0, "GPU-2")], [((0, 4), Shape(tp=1, dp=2))])
+    reason = LAUNCHERS[name].cannot(alone)
+    assert (reason is None) is HOST_RULES[name].mig, reason
+    assert reason is None or "MIG-1" in reason
+
+
+def test_gpus_ascend_in_an_engine_and_not_over_all_of_a_server() -> None:
+    """vLLM's Ray executor orders the GPUs of one engine: DP ranks of TP 1 may lie in any order, the two of TP 2 may not."""
+    experts = {layer: [[0], [1]] for layer in range(4)}
+    seats = [("node01", 3), ("node01", 1)]
+    apart = make(seats, [((0, 4), Shape(tp=1, dp=2, ep=2))], experts)
+    assert LAUNCHERS["vllm-ray"].cannot(apart) is None
+    together = make(seats, [((0, 4), Shape(tp=2, dp=1, ep=2))], experts)
+    assert "ranks 0, 1 of host node01 are on its GPUs 3, 1" in str(LAUNCHERS["vllm-ray"].cannot(together))

@@ -44,11 +44,11 @@ def test_pairs_are_process_and_place_on_the_host(interleaved, tmp_path):
 
 
 def test_program_is_started_with_the_module_and_the_nics(tmp_path, monkeypatch):
-    """The program gets the module in its path, the GPUs of its host in rank order, and their NICs by exact name."""
+    """The program gets the module in its path, its host's GPUs in rank order, and their NICs by exact name; hosts have no case."""
     placement = make([("node1", 3), ("node0", 1), ("node1", 0), ("node0", 2)])
     emit(placement, "jax", tmp_path, options=Options(cluster=cluster(2)))
     module, started = loaded(tmp_path), []
-    monkeypatch.setattr(platform, "node", lambda: "node1.lan")
+    monkeypatch.setattr(platform, "node", lambda: "Node1.lan")
     monkeypatch.setattr(os, "execvp", lambda file, words: started.append((file, words)))
     monkeypatch.setattr(os, "environ", {"PYTHONPATH": "/mine", "CUDA_VISIBLE_DEVICES": "3,0"})
     module.main(["program", "a b"])

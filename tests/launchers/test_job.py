@@ -10,7 +10,6 @@ from placer.launchers.job import (
     layer_count,
     mig_in_a_group,
     not_blocked,
-    ranks_by_host,
     short_names_clash,
     unequal,
 )
@@ -58,8 +57,8 @@ def test_servers_have_ranks_from_zero():
 
 def test_runs_of_a_host(interleaved, two_by_four):
     """The numbers of a host for a person."""
-    assert [host.runs for host in ranks_by_host(interleaved)] == ["0-1, 4-5", "2-3, 6-7"]
-    assert [host.runs for host in ranks_by_host(two_by_four)] == ["0-3", "4-7"]
+    assert [host.runs for host in job_of(interleaved).hosts] == ["0-1, 4-5", "2-3, 6-7"]
+    assert [host.runs for host in job_of(two_by_four).hosts] == ["0-3", "4-7"]
     assert [host.runs for host in by_host([interleaved.ranks[0], interleaved.ranks[4]])] == ["0, 4"]
 
 
@@ -75,7 +74,7 @@ def test_runs_of_a_host(interleaved, two_by_four):
 )
 def test_devices_are_of_one_kind(uuids, devices):
     """CUDA hides every device behind one it does not know, so UUIDs are used where all are known to it."""
-    (host,) = ranks_by_host(make([("node01", 3, uuids[0]), ("node01", 1, uuids[1])]))
+    (host,) = job_of(make([("node01", 3, uuids[0]), ("node01", 1, uuids[1])])).hosts
     assert host.devices == devices
 
 
@@ -105,7 +104,7 @@ def test_short_names_that_clash():
     """Two hosts of one short name are told apart by their domains."""
 
     def hosts(*names: str) -> list[HostRanks]:
-        return ranks_by_host(make([(name, 0) for name in names]))
+        return job_of(make([(name, 0) for name in names])).hosts
 
     assert short_names_clash(hosts("a.x", "a.y"))
     assert short_names_clash(hosts("a", "a.y"))

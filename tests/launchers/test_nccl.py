@@ -101,7 +101,7 @@ def test_an_option_or_an_absent_program_is_refused(tmp_path, shell):
     assert (ran.code, ran.out) == (64, "")
     assert "found -c where the program should be" in ran.err
     ran = shell(tmp_path / "nccl.sh", "absent", host="node1", RANK=0)
-    assert (ran.code, ran.out, ran.err) == (127, "", "nccl.sh: cannot find the program absent\n")
+    assert (ran.code, ran.out, ran.err) == (127, "", "nccl.sh: found no program absent that may be run\n")
 
 
 def test_visibility_of_the_host_lists_its_gpus(tmp_path, shell):

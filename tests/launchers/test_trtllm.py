@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 
 from placer.errors import ExportError
 from placer.launchers.base import Options
+from placer.launchers.ranks import parse_ranks
 from placer.launchers.registry import LAUNCHERS, emit
 from placer.placement import Placement
 from placer.strategy import Shape
@@ -203,7 +204,7 @@ REFUSED = {
         "a TensorRT-LLM server of 4 ranks a stage has attention TP 4, or 1 with attention DP",
     ),
     "split experts": (
-        make_data(FOUR, [((0, 1), Shape(tp=4, ep=2, etp=2))], {0: [[0], [1]]}),
+        make_data(FOUR, [((0, 1), Shape(tp=1, dp=4, ep=2, etp=2))], {0: [[0], [1]]}),
         "etp is 2",
     ),
     "copies without attention DP": (
@@ -229,3 +230,18 @@ def test_what_tensorrt_llm_cannot_express(case, tmp_path):
     with pytest.raises(ExportError):
         emit(placement, "trtllm", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_split_experts_without_attention_dp(tmp_path):
+    """With attention TP experts may be split: EP is the fast axis of the MoE ranks, as `moe_ep_rank = tp_rank % moe_ep_size`."""
+    seats = [("node01", gpu) for gpu in (3, 1, 0, 2)]
+    placement = make(seats, [((0, 1), Shape(tp=4, ep=2, etp=2))], {0: [[0], [1]]})
+    emit(placement, "trtllm", tmp_path)
+    options = (tmp_path / "trtllm.yaml").read_text()
+    assert "moe_expert_parallel_size: 2" in options
+    assert "moe_tensor_parallel_size: 2" in options
+    rows = parse_ranks((tmp_path / "ranks.tsv").read_text())[1]
+    assert [(row.rank % 2, row.rank // 2) for row in rows] == [(row.ep, row.etp) for row in rows]
+    assert {(row.ep, row.etp): row.gpu for row in rows} == {
+        (record.ep, record.etp): record.gpu for record in placement.ranks
+    }

@@ -160,9 +160,12 @@ def answer(parser, case):
 
 
 def main():
-    """Answer all cases."""
+    """Answer all cases; with `--names` say what arguments the server has."""
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
+    if sys.argv[1:] == ["--names"]:
+        print(json.dumps([name for action in parser._actions for name in action.option_strings]))
+        return
     print(json.dumps([answer(parser, case) for case in json.load(sys.stdin)]))
 
 

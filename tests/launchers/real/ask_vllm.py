@@ -131,7 +131,11 @@ def answer(parser, case):
 
 
 def main():
-    """Answer all cases."""
+    """Answer all cases; with `--names` say what arguments `vllm serve` has."""
+    if sys.argv[1:] == ["--names"]:
+        actions = make_arg_parser(FlexibleArgumentParser())._actions
+        print(json.dumps([name for action in actions for name in action.option_strings]))
+        return
     # Its class would be imported in another process only to see what it can do.
     ordinary = dict.fromkeys(registry._ModelInfo.__dataclass_fields__, False)
     ordinary |= {

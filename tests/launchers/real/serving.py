@@ -13,6 +13,7 @@ from typing import Any
 
 from placer.launchers.base import Options
 from placer.launchers.registry import emit
+from placer.launchers.servers import is_argument
 from placer.placement import Placement
 from placer.strategy import Shape
 from tests.launchers.by_hand import Gpu, uuid
@@ -118,17 +119,42 @@ def ask(
     top: Path,
 ) -> dict[str, tuple[Path, list[dict[str, Any]]]]:
     """For every case return its folder, and what the framework makes of each of its servers; `ask_NAME.py` asks it."""
-    interpreter = python("torch", "pydantic")
-    path = os.pathsep.join([str(installed(f"{launcher}/{launcher}").parent), str(installed("serving"))])
+    python("torch", "pydantic")
+    installed(f"{launcher}/{launcher}")
     programs = stubs(top / "programs", launcher)
     folders = {name: top / f"case{number}" for number, name in enumerate(cases)}
     asked = {}
     for name, folder in folders.items():
         folder.mkdir()
         asked[name] = emitted(launcher, cases[name], folder, words(cases[name], folder), programs)
+    answers = iter(_answer(launcher, top, [server for servers in asked.values() for server in servers]))
+    return {name: (folder, [next(answers) for _ in asked[name]]) for name, folder in folders.items()}
+
+
+def check_refused_names(
+    launcher: str, refused: Mapping[str, Sequence[str]], top: Path, *, others: Sequence[str] = ()
+) -> None:
+    """Every argument of the framework is refused whole or taken: none is refused as the beginning of another.
+
+    Those refused are arguments it has, but for `others`, which it has had or may have.
+    """
+    names = {name.replace("_", "-") for name in _answer(launcher, top, None)}
+    against = [name for own in refused.values() for name in own]
+    assert set(against) - set(others) <= names
+    assert {name for name in names if is_argument(name, against)} == set(against) & names
+
+
+def _answer(launcher: str, top: Path, cases: list[Any] | None) -> list[Any]:
+    """Return what `ask_NAME.py` says of the cases, or of the names of arguments."""
+    interpreter = python("torch", "pydantic")
+    path = os.pathsep.join([str(installed(f"{launcher}/{launcher}").parent), str(installed("serving"))])
     ran = subprocess.run(
-        [interpreter, Path(__file__).with_name(f"ask_{launcher}.py")],
-        input=json.dumps([server for servers in asked.values() for server in servers]),
+        [
+            interpreter,
+            Path(__file__).with_name(f"ask_{launcher}.py"),
+            *(["--names"] if cases is None else []),
+        ],
+        input=json.dumps(cases),
         env={
             "PATH": os.environ["PATH"],
             "PYTHONPATH": path,
@@ -142,5 +168,4 @@ def ask(
         check=False,
     )
     assert ran.returncode == 0, ran.stderr[-4000:]
-    answers = iter(json.loads(ran.stdout.splitlines()[-1]))
-    return {name: (folder, [next(answers) for _ in asked[name]]) for name, folder in folders.items()}
+    return list(json.loads(ran.stdout.splitlines()[-1]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from placer.launchers.base import Options
-from placer.launchers.job import ranks_by_host
+from placer.launchers.job import job_of
 from placer.launchers.registry import emit
 from placer.placement import Placement
 from placer.strategy import Shape
@@ -73,7 +73,7 @@ def start(hosts: Hosts, placement: Placement, folder: Path) -> tuple[str, str, l
     """Run every host's script there; return what was said, and how they ended."""
     running = [
         hosts.start(host.host, [folder / f"jax-{host.host}.sh"], devices(len(host.ranks)))
-        for host in ranks_by_host(placement)
+        for host in job_of(placement).hosts
     ]
     try:
         said = [each.communicate(timeout=120) for each in running]
@@ -90,7 +90,7 @@ def check(text: str, placement: Placement) -> None:
     assert len(SEEN.findall(text)) == len(found) == len(placement.ranks)
     device = {
         record.rank: name
-        for host in ranks_by_host(placement)
+        for host in job_of(placement).hosts
         for record, name in zip(host.ranks, host.devices, strict=True)
     }
     for each in placement.ranks:
@@ -182,7 +182,7 @@ def test_gpus_in_another_order_are_refused(hosts, tmp_path):
     """A host's list of GPUs with two exchanged stops the process, whether by the script or in the program."""
     placement = drawn("interleaved", 24)
     folder = emitted(placement, tmp_path / "out")
-    own = next(host for host in ranks_by_host(placement) if host.host == "node1")
+    own = next(host for host in job_of(placement).hosts if host.host == "node1")
     exchanged = ",".join([own.devices[1], own.devices[0], *own.devices[2:]])
     script = folder / "jax-node1.sh"
     script.write_text(script.read_text().replace(",".join(own.devices), exchanged))
@@ -204,7 +204,7 @@ def test_processes_of_two_placements_do_not_start(hosts, tmp_path):
     shape = Shape(tp=4, dp=2)
     other = make(gpus, [((0, 2), shape), ((2, 4), shape)])
     ours, theirs = emitted(placement, tmp_path / "ours"), emitted(other, tmp_path / "theirs")
-    first, *rest = ranks_by_host(placement)
+    first, *rest = job_of(placement).hosts
     running = [hosts.start(first.host, [theirs / f"jax-{first.host}.sh"], devices(4))]
     running += [hosts.start(each.host, [ours / f"jax-{each.host}.sh"], devices(4)) for each in rest]
     said = [each.communicate(timeout=120) for each in running]

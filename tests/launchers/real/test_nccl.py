@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from placer.launchers.base import Options
-from placer.launchers.job import ranks_by_host
+from placer.launchers.job import job_of
 from placer.launchers.registry import emit
 from placer.placement import Placement
 from tests.launchers.real import jobs
@@ -43,7 +43,7 @@ def emitted(placement: Placement, folder: Path, visibility: str = "one") -> Path
 def start(hosts: Hosts, placement: Placement, words: str) -> tuple[str, str, list[int]]:
     """Start every rank on its host from a shell there; return what was said, and how each host's shell ended."""
     running = []
-    for host in ranks_by_host(placement):
+    for host in job_of(placement).hosts:
         numbers = " ".join(str(record.rank) for record in host.ranks)
         size = len(placement.ranks)
         shell = (
@@ -59,7 +59,7 @@ def check(text: str, placement: Placement, visibility: str = "one") -> None:
     """Compare what every process told with the placement."""
     found = {int(rank): told for rank, *told in SEEN.findall(text)}
     assert len(SEEN.findall(text)) == len(found) == len(placement.ranks)
-    for host in ranks_by_host(placement):
+    for host in job_of(placement).hosts:
         for local, record in enumerate(host.ranks):
             gpus = record.uuid or str(record.gpu)
             if visibility == "host":

@@ -18,7 +18,7 @@ from subprocess import Popen
 import pytest
 
 from placer.launchers.base import Options
-from placer.launchers.job import ranks_by_host
+from placer.launchers.job import job_of
 from placer.launchers.registry import emit
 from placer.placement import Placement
 from tests.launchers.by_hand import make
@@ -239,7 +239,7 @@ def test_nodes_with_another_map_start_nothing(hosts, placement, up, tmp_path):
 
 def test_nodes_with_other_gpus_start_nothing(hosts, placement, up, tmp_path):
     """A node asked for as many GPUs as it has, but others: what Ray gives is held against the table."""
-    host = next(host.host for host in ranks_by_host(placement) if len(host.ranks) == 4)
+    host = next(host.host for host in job_of(placement).hosts if len(host.ranks) == 4)
     others = make([(host, 10 + gpu) for gpu in (2, 0, 3, 1)])
     folder = emitted(others, tmp_path / "out", known=False)
     seen = tmp_path / "seen"

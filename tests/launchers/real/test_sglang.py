@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from placer.launchers.base import Options
+from placer.launchers.sglang import REFUSED
 from placer.strategy import Shape
 from tests.launchers.by_hand import make, numa_cluster
-from tests.launchers.real.serving import Case, ask, on_hosts, shuffled, two_stages
+from tests.launchers.real.serving import Case, ask, check_refused_names, on_hosts, shuffled, two_stages
 
 
 def copied(layers: range, ranks: int) -> dict[int, list[list[int]]]:
@@ -104,3 +105,8 @@ def test_numa_nodes(answers):
     """SGLang binds each worker to the NUMA node of its GPU."""
     _, (server,) = answers["NUMA nodes"]
     assert [place[3] for place in server["places"]] == [1, 0, 0, 1]
+
+
+def test_no_other_argument_is_refused(tmp_path):
+    """The names that are refused are SGLang's, and a name of its own is never taken for one of them cut short."""
+    check_refused_names("sglang", REFUSED, tmp_path, others=["--tp", "--pp", "--dp"])

@@ -9,10 +9,19 @@ from typing import Any
 import pytest
 
 from placer.launchers.base import Options
+from placer.launchers.vllm import REFUSED
 from placer.placement import Placement
 from placer.strategy import Shape
 from tests.launchers.by_hand import make, numa_cluster
-from tests.launchers.real.serving import Case, ask, experts_of, on_hosts, shuffled, two_stages
+from tests.launchers.real.serving import (
+    Case,
+    ask,
+    check_refused_names,
+    experts_of,
+    on_hosts,
+    shuffled,
+    two_stages,
+)
 
 CONFIG = {
     "hidden_size": 64,
@@ -173,3 +182,8 @@ def test_numa_nodes(answers):
     assert [place[2] for place in server["places"]] == [
         f"--cpunodebind={node} --membind={node}" for node in (1, 0, 0, 1)
     ]
+
+
+def test_no_other_argument_is_refused(tmp_path):
+    """The names that are refused are vLLM's, and a name of its own is never taken for one of them cut short."""
+    check_refused_names("vllm", REFUSED, tmp_path, others=["--no-enable-expert-parallel"])
