@@ -280,7 +280,7 @@ def _launcher(problem: Problem, value: Any) -> str:
     asks += ["as many on every host"] if rule.equal else []
     asks += [f"{of_what} of a host on GPUs of ascending index"] if rule.ascending else []
     if not asks or problem.mig.any():
-        talking = "that talks to others " if rule.mig else ""
+        talking = {"rank": "that talks to others ", "server": "of a server of several ", "none": ""}[rule.mig]
         asks.append(f"no rank {talking}on a MIG device")
     told = asks[0] if len(asks) == 1 else f"{', '.join(asks[:-1])} and {asks[-1]}"
     return f"`launcher: {value}` wants {told}"

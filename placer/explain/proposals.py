@@ -288,7 +288,7 @@ def _launcher(finder: Searcher, problem: Problem, member: Member, out: Found) ->
     stated = problem.requirements.launcher or ""
     # Without a MIG device it is all one what a launcher does with them.
     any_mig = bool(problem.mig.any())
-    rules = {name: replace(rule, mig=rule.mig or not any_mig) for name, rule in HOST_RULES.items()}
+    rules = {name: replace(rule, mig=rule.mig if any_mig else "rank") for name, rule in HOST_RULES.items()}
     own = rules[stated]
     others = [name for name in rules if name in LAUNCHERS and rules[name] != own]
     first_of = {rules[name]: name for name in reversed(others)}

@@ -24,7 +24,8 @@ _RECORD = re.compile(r"^\s*(?:JobId|StepId)=", re.MULTILINE)
 _NAME = re.compile(r"[A-Za-z0-9_.+-]{1,40}")
 #: Free text of a user, which could look like anything.
 _FREE = re.compile(r"(?:JobName|Command|WorkDir|StdErr|StdIn|StdOut|Comment|AdminComment|SystemComment)=.*")
-_NODES = re.compile(r"(?<!\S)Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)")
+#: At the begin of a line, where no free text that is not known to be one can stand.
+_NODES = re.compile(r"^\s*Nodes=(\S+) CPU_IDs=\S* Mem=\S* GRES=(\S*)", re.MULTILINE)
 _GPUS = re.compile(r"gpu(?::[^:(),]+)?:[0-9]+\(IDX:([0-9,-]*)\)")
 _COUNT = re.compile(r"([1-9][0-9]{0,6})(?:\(x([1-9][0-9]{0,4})\))?")
 
@@ -119,6 +120,8 @@ def _gpus_of_hosts(record: str, hosts: tuple[str, ...], file: str) -> dict[str, 
         for host in _hosts(nodes, file):
             if host not in hosts:
                 raise InputError(f"names GPUs of {host}, which the job has not", file=file, key="Nodes")
+            if host in found:
+                raise InputError(f"names the GPUs of {host} twice", file=file, key="Nodes")
             if numbers:
                 found[host] = numbers
     return found

@@ -115,7 +115,7 @@ class Launcher(ABC):
         if own is not None and framework not in (None, own):
             return f"it starts {own} with the rank numbers of {own}, and `--framework {framework}` asks for others"
         named = own or framework
-        reason = mig_in_a_group(placed) or (None if self.rule.mig else mig_at_all(placed, self.name))
+        reason = mig_in_a_group(placed) or self._refuses_mig(placed)
         if reason is None and named is not None:
             reason = FRAMEWORKS[named].cannot(placed)
         if reason is None and own is None and framework is not None:
@@ -126,6 +126,18 @@ class Launcher(ABC):
                     "and this launcher numbers all ranks at once"
                 )
         return reason or self.refuses(self.job(placed, framework))
+
+    def _refuses_mig(self, placed: Placed) -> str | None:
+        """Return why MIG devices of ranks that talk to no other stand against it, by its rule, or None."""
+        if self.rule.mig == "rank":
+            return None
+        job, framework = job_of(placed), self.rule.framework
+        for server in [job] if framework is None else job.servers(framework):
+            if self.rule.mig == "none" or len(server.ranks) > 1:
+                reason = mig_at_all(server, self.name, alone=self.rule.mig == "server")
+                if reason is not None:
+                    return reason
+        return None
 
     def cannot_degrees(self, placed: Placed) -> str | None:
         """Return why its stages and degrees alone, wherever the ranks are, cannot be expressed, or None when they can."""
@@ -221,8 +233,11 @@ def _server_refused(server: Job, rule: HostRule, whole: Job) -> str | None:
         if reason is None and not hosts_admitted(
             rule.framework, whole.shapes, len(hosts), moe=bool(whole.experts)
         ):
-            what = "stages" if rule.framework == "sglang" else "engines of one DP rank"
-            reason = (
-                f"its {len(hosts)} hosts and its {what} do not divide one another, as {rule.framework} needs"
+            stages = len(whole.shapes)
+            what = (
+                f"{stages} stages"
+                if rule.framework == "sglang"
+                else f"{len(server.ranks) // (stages * whole.shapes[0].tp)} engines of one DP rank"
             )
+            reason = f"its {len(hosts)} hosts and {what} do not divide one another, as {rule.framework} needs"
     return reason

@@ -184,11 +184,15 @@ def mig_in_a_group(placed: Placed) -> str | None:
     return None
 
 
-def mig_at_all(placed: Placed, name: str) -> str | None:
-    """Return a sentence on the first rank on a MIG device, for a launcher `name` that starts none there, or None."""
-    for record in in_rank_order(placed):
+def mig_at_all(server: Job, name: str, *, alone: bool) -> str | None:
+    """Return a sentence on the first rank of a server on a MIG device, for a launcher `name` that starts none there, or None.
+
+    `alone` is whether it would start the only rank of a server there.
+    """
+    several = f"one of the {len(server.ranks)} ranks of a server" if alone else "a rank"
+    for record in server.ranks:
         if record.uuid is not None and record.uuid.startswith("MIG-"):
-            return f"rank {record.rank} is on the MIG device {record.uuid} of {record.host}, and {name} starts none there"
+            return f"{name} cannot start {several} on the MIG device {record.uuid} of {record.host}"
     return None
 
 

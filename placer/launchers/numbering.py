@@ -30,15 +30,16 @@ class HostRule:
     """What a launcher asks of ranks on hosts.
 
     `blocked`: in each server's order of ranks, a host holds one unbroken run. `equal`: hosts of a server hold as many.
-    `ascending`: the ranks that a host holds of an engine are on GPUs of ascending index. `mig`: a rank that talks to no
-    other may be on a MIG device; a process that sees all devices of its host takes one of them alone. `framework` is the one whose
+    `ascending`: the ranks that a host holds of an engine are on GPUs of ascending index. `mig`: who may be on a MIG device,
+    a `rank` that talks to no other, the one rank of a `server` (a process that sees several devices takes one MIG device
+    of them alone), or `none`. `framework` is the one whose
     servers and numbering it implies, None where it starts any program.
     """
 
     blocked: bool = False
     equal: bool = False
     ascending: bool = False
-    mig: bool = True
+    mig: Literal["rank", "server", "none"] = "rank"
     framework: FrameworkName | None = None
 
 
@@ -53,13 +54,13 @@ HOST_RULES: dict[str, HostRule] = {
     "intelmpi": HostRule(),
     "deepspeed": HostRule(blocked=True, equal=True, framework="deepspeed"),
     "megatron": HostRule(blocked=True, framework="megatron"),
-    "vllm": HostRule(blocked=True, equal=True, mig=False, framework="vllm"),
-    "vllm-ray": HostRule(ascending=True, mig=False, framework="vllm"),
-    "sglang": HostRule(blocked=True, equal=True, mig=False, framework="sglang"),
-    "trtllm": HostRule(blocked=True, equal=True, mig=False, framework="trtllm"),
+    "vllm": HostRule(blocked=True, equal=True, mig="server", framework="vllm"),
+    "vllm-ray": HostRule(ascending=True, mig="server", framework="vllm"),
+    "sglang": HostRule(blocked=True, equal=True, mig="server", framework="sglang"),
+    "trtllm": HostRule(blocked=True, equal=True, mig="server", framework="trtllm"),
     "ray": HostRule(),
-    "jax": HostRule(mig=False),
-    "kubernetes": HostRule(mig=False),
+    "jax": HostRule(mig="server"),
+    "kubernetes": HostRule(mig="none"),
     "nccl": HostRule(),
 }
 

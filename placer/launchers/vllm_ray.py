@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from placer.errors import ExportError
 from placer.launchers.base import Options
 from placer.launchers.frameworks import FRAMEWORKS
 from placer.launchers.job import Job, short_names_clash
@@ -52,6 +53,7 @@ class VllmRay(Ray):
         workers = job.shapes[0].tp * len(job.shapes)
         refused = {**REFUSED, **(ONE_PORT if len(job.ranks) > workers else {})}
         check_words(options, refused)
+        _check_ports(len(job.ranks) // workers, len(job.servers("vllm")), options.master_port)
         numbered = _numbered(job)
         table = EmittedFile(dump_ranks(numbered, rank_rows(numbered, options)))
         experts = FRAMEWORKS["vllm"].expert_files(job)
@@ -86,3 +88,17 @@ def _numbered(job: Job) -> Job:
     records = chain.from_iterable(server.ranks for server in job.servers("vllm"))
     ranks = tuple(record.model_copy(update={"rank": number}) for number, record in enumerate(records))
     return replace(job, ranks=ranks, framework="vllm")
+
+
+def _check_ports(all_engines: int, servers: int, first: int) -> None:
+    """Raise ExportError where the ports at which engines meet, from `first` on, end too high or are those of HTTP."""
+    last, last_http = first + servers - 1, HTTP_PORT + all_engines - 1
+    if max(last, last_http) > 65535:
+        raise ExportError(
+            f"vllm-ray would use the ports {first} to {last} and {HTTP_PORT} to {last_http}, and ports end at 65535"
+        )
+    if first <= last_http and last >= HTTP_PORT:
+        raise ExportError(
+            f"vllm-ray serves at the ports {HTTP_PORT} to {last_http}, and its servers would meet at {first} to {last}: "
+            "state another master port"
+        )

@@ -386,17 +386,13 @@ def usable_hosts(case: Case) -> Objection | None:
 def mig_devices(case: Case) -> Objection | None:
     """Ranks that talk to others, and all ranks of some launchers, have GPUs that are no MIG devices."""
     problem, shapes = case.problem, case.strategy.stages
-    ranks = sum(shape.ranks for shape in shapes if keeps_off_mig(problem, shape))
+    ranks = sum(shape.ranks for shape in shapes if keeps_off_mig(problem, shape, len(shapes)))
     there = int((problem.allowed & ~problem.mig).sum())
     if ranks <= there or not problem.mig.any():
         return None
     name = problem.requirements.launcher
     alone = max(max(shape.tp, shape.ep, shape.etp) for shape in shapes) == 1
-    what = (
-        "whose processes see MIG devices among others"
-        if alone
-        else "that talk to others, which MIG devices cannot"
-    )
+    what = "for which it takes whole GPUs" if alone else "that talk to others, which MIG devices cannot"
     return Objection(
         "launcher",
         f"has {_count(ranks, 'rank')} {what}, so that `{name}` does not start them there, and {_count(there, 'free GPU')} that {'is' if there == 1 else 'are'} none",

@@ -112,7 +112,7 @@ class _Table:
         cluster = problem.cluster
         fits = problem.allowed & (problem.memory_limit >= min(needs))
         fits = fits if mask is None else fits & mask
-        off = [barred(problem, shape) for shape in shapes]
+        off = [barred(problem, shape, len(shapes)) for shape in shapes]
         known = [own for own in off if own is not None]
         if len(known) == len(off):
             # What every stage is kept off need not be laid.

@@ -47,7 +47,7 @@ def search(problem: Problem, clock: Clock, find: Find) -> tuple[Result, Launcher
     if without.plan is not None:
         _check(free, without)
         able = not verify.broken_decisions(problem, without.plan)
-    if able and (asks_nothing(problem) or not without.cut_short):
+    if able and (asks_nothing(problem) or not without.cut_short or clock.left() <= 0):
         return without, _price(problem, without, without)
     rest = clock.part(clock.left())
     own = find(problem, rest)

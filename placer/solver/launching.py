@@ -35,7 +35,7 @@ def rule_of(problem: Problem) -> HostRule:
 
 def asks_nothing(problem: Problem) -> bool:
     """Whether the launcher, by its rule, can express every placement of the problem."""
-    anything = replace(rule_of(problem), mig=True) == HostRule()
+    anything = replace(rule_of(problem), mig="rank") == HostRule()
     return anything and not problem.mig.any() and barred_hosts(problem) is None
 
 
@@ -57,17 +57,25 @@ def admitted_hosts(problem: Problem, shapes: Sequence[Shape], most: int) -> tupl
     )
 
 
-def keeps_off_mig(problem: Problem, shape: Shape) -> bool:
-    """Whether no rank of a stage may be on a MIG device: they talk to others, or the launcher starts none there at all."""
+def keeps_off_mig(problem: Problem, shape: Shape, stages: int) -> bool:
+    """Whether no rank of a stage, one of `stages`, may be on a MIG device: by what it talks to, or by the launcher's rule."""
     if problem.requirements.launcher is None:
         return False
-    return max(shape.tp, shape.ep, shape.etp) > 1 or not rule_of(problem).mig
+    rule = rule_of(problem)
+    if max(shape.tp, shape.ep, shape.etp) > 1 or rule.mig == "none":
+        return True
+    # All ranks are one server where no framework has several.
+    ranks = 1 if rule.framework in ("vllm", "sglang", "trtllm") else shape.ranks
+    return rule.mig == "server" and stages * ranks > 1
 
 
-def barred(problem: Problem, shape: Shape) -> Mask | None:
-    """Return (gpus,) which GPUs the launcher keeps a stage off, MIG devices and hosts; None where it keeps it off none."""
+def barred(problem: Problem, shape: Shape, stages: int) -> Mask | None:
+    """Return (gpus,) which GPUs the launcher keeps a stage off, MIG devices and hosts; None where it keeps it off none.
+
+    The stage is one of `stages`.
+    """
     off = barred_hosts(problem)
-    if keeps_off_mig(problem, shape) and problem.mig.any():
+    if keeps_off_mig(problem, shape, stages) and problem.mig.any():
         return problem.mig if off is None else np.asarray(problem.mig | off)
     return off
 

@@ -144,7 +144,7 @@ def _in_this_order(
     free = free.copy()
     found: dict[int, Ints] = {}
     for stage in order:
-        gpus = _stage(problem, shapes[stage], needs[stage], free)
+        gpus = _stage(problem, shapes[stage], needs[stage], free, len(shapes))
         if gpus is None:
             return None
         found[stage] = gpus
@@ -152,10 +152,10 @@ def _in_this_order(
     return [found[stage] for stage in range(len(shapes))]
 
 
-def _stage(problem: Problem, shape: Shape, need: int, free: Mask) -> Ints | None:
+def _stage(problem: Problem, shape: Shape, need: int, free: Mask, stages: int) -> Ints | None:
     """Return the GPUs of one stage, for the smallest room that is enough with the GPUs that have it."""
     fits = free & (problem.memory_limit >= need)
-    off = barred(problem, shape)
+    off = barred(problem, shape, stages)
     if off is not None:
         fits &= ~off
     limits = np.unique(problem.memory_limit[fits])

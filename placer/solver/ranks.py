@@ -33,10 +33,10 @@ class StageSeat:
     layers: tuple[int, int]
 
 
-def eligible(problem: Problem, seat: StageSeat) -> Mask:
-    """Return (gpus,) which GPUs a rank of the stage may be on: allowed, with room, and none that the launcher bars."""
+def eligible(problem: Problem, seat: StageSeat, stages: int) -> Mask:
+    """Return (gpus,) which GPUs a rank of the stage, one of `stages`, may be on: allowed, with room, and none that the launcher bars."""
     fits = problem.allowed & (problem.memory_limit >= seat.need)
-    off = barred(problem, seat.shape)
+    off = barred(problem, seat.shape, stages)
     return np.asarray(fits if off is None else fits & ~off)
 
 
@@ -113,7 +113,7 @@ def start(
             )
             if gpus is not None
         ]
-        gpus = _place_stage(problem, seat, free & eligible(problem, seat), near, way)
+        gpus = _place_stage(problem, seat, free & eligible(problem, seat, len(seats)), near, way)
         if gpus is None:
             return None
         result[number] = gpus
@@ -351,7 +351,7 @@ def by_counts(problem: Problem, seats: list[StageSeat], counts: list[list[Ints]]
     # The neediest stages take the roomiest GPUs of a domain last, so that each finds some with room for it.
     order = sorted(range(len(seats)), key=lambda number: (-seats[number].need, number))
     for number in order:
-        allowed = eligible(problem, seats[number])
+        allowed = eligible(problem, seats[number], len(seats))
         for block, by_domain in enumerate(counts[number]):
             for domain in np.flatnonzero(by_domain).tolist():
                 members = np.flatnonzero(free & allowed & (inner == domain))
@@ -366,7 +366,10 @@ def by_counts(problem: Problem, seats: list[StageSeat], counts: list[list[Ints]]
             placed = sum(len(part) for part in chosen[number][block])
             for _ in range((shape.block - placed) // shape.atom):
                 atom = _spanning_atom(
-                    problem, shape, free & eligible(problem, seats[number]), problem.requirements.tp_within
+                    problem,
+                    shape,
+                    free & eligible(problem, seats[number], len(seats)),
+                    problem.requirements.tp_within,
                 )
                 if atom is None:
                     return None

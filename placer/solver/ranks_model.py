@@ -63,11 +63,11 @@ def solve_counts(
     spread: list[list[list[cp_model.IntVar]]] = []
     prices: list[cp_model.IntVar] = []
     free = [
-        np.bincount(inner.domain_of[eligible(problem, seat)], minlength=len(inner.domain_names))
+        np.bincount(inner.domain_of[eligible(problem, seat, len(seats))], minlength=len(inner.domain_names))
         for seat in seats
     ]
     for seat, room in zip(seats, free, strict=True):
-        tables = _Tables(problem, cost, bounds, seat)
+        tables = _Tables(problem, cost, bounds, seat, len(seats))
         stage_counts, stage_spread = [], []
         stage_price = model.new_int_var(0, tables.ceiling, "")
         for _ in range(seat.shape.blocks):
@@ -157,9 +157,11 @@ class _Tables:
     all-reduces when every TP group is in one domain and when one spans two.
     """
 
-    def __init__(self, problem: Problem, cost: CostModel, bounds: StrategyBound, seat: StageSeat) -> None:
+    def __init__(
+        self, problem: Problem, cost: CostModel, bounds: StrategyBound, seat: StageSeat, stages: int
+    ) -> None:
         self.problem, self.cost, self.bounds, self.seat = problem, cost, bounds, seat
-        self.ideal = ideal_of(problem, eligible(problem, seat))
+        self.ideal = ideal_of(problem, eligible(problem, seat, stages))
         self.most_domains = min(len(self.ideal.capacities), seat.shape.block)
         self.types = [number for number, count in enumerate(self.ideal.gpus_by_type) if count]
         self.groups: dict[int, int] = {}

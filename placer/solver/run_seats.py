@@ -26,7 +26,7 @@ def seats_in_runs(problem: Problem, shapes: Sequence[Shape], needs: Sequence[int
     runs = launch_runs(problem, shapes)
     eligible = problem.allowed & (problem.memory_limit >= max(needs))
     for shape in dict.fromkeys(shapes):
-        off = barred(problem, shape)
+        off = barred(problem, shape, len(shapes))
         if off is not None:
             eligible &= ~off
     fits = np.flatnonzero(eligible)

@@ -37,7 +37,9 @@ def signature(
     # Servers of the same ranks may be asked to lie on other numbers of hosts, by their stages or engines.
     hosts = admitted_hosts(problem, shapes, len(runs[0])) if runs and wants_equal_hosts(problem) else ()
     orders = [run.tobytes() for run in (*runs, *gpu_orders(problem, shapes))]
-    off_mig = tuple(keeps_off_mig(problem, shape) and bool(problem.mig.any()) for shape in shapes)
+    off_mig = tuple(
+        keeps_off_mig(problem, shape, len(shapes)) and bool(problem.mig.any()) for shape in shapes
+    )
     asked = (*orders, tuple(pinned_copies(problem, shapes)), hosts)
     steps = np.unique(problem.memory_limit[problem.allowed]).tolist()
     rows = [tuple(layer_rows(problem, counts, memory, edges, steps, n)) for n in range(len(shapes))]

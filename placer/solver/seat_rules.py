@@ -105,7 +105,7 @@ def launcher(problem: Problem, shapes: Sequence[Shape], gpus: Sequence[Ints]) ->
     if problem.requirements.launcher is None:
         return True
     for shape, row in zip(shapes, gpus, strict=True):
-        off = barred(problem, shape)
+        off = barred(problem, shape, len(shapes))
         if off is not None and off[row].any():
             return False
     every = np.concatenate(gpus)

@@ -184,7 +184,7 @@ class _SeatModel:
         self.ranks = int(self.starts[-1])
         self.runs, self.equal = launch_runs(problem, shapes), wants_equal_hosts(problem)
         self.orders = gpu_orders(problem, shapes)
-        self.off = [barred(problem, shape) for shape in shapes]
+        self.off = [barred(problem, shape, len(shapes)) for shape in shapes]
         self.exact = exact
         self.levels = [
             unit_levels(problem, shape, experts=experts)

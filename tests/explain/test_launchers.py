@@ -45,7 +45,7 @@ def test_what_it_asks(name: str, tmp_path: Path) -> None:
     assert ("degrees that" in told) is (rule.framework is not None)
     assert ("one copy of each expert" in told) is (rule.framework in ("megatron", "deepspeed", "vllm"))
     assert "groups" not in told
-    assert ("MIG" in told) is (replace(rule, mig=True) == type(rule)())
+    assert ("MIG" in told) is (replace(rule, mig="rank") == type(rule)())
     assert not told.endswith(".")
 
 
@@ -89,7 +89,7 @@ def test_others_that_are_proposed(stated: str, first: list[str], tmp_path: Path)
     assert PROPOSALS["launcher"](finder, problem, member, out) is None
     assert finder.proposed[: len(first)] == first
     # There is no MIG device, so what launchers do with them tells none apart.
-    alike = {name: replace(rule, mig=True) for name, rule in HOST_RULES.items()}
+    alike = {name: replace(rule, mig="rank") for name, rule in HOST_RULES.items()}
     rules = [alike[name] for name in finder.proposed]
     assert len(set(rules)) == len(rules) == len(set(alike.values())) - 1
     assert alike[stated] not in rules

@@ -194,3 +194,17 @@ def test_spoilt_answers_are_read_or_refused(data: st.DataObject) -> None:
     put = data.draw(st.text(max_size=6))
     with answer_or_refusal():
         parse_scontrol(text[:start] + put + text[end:], "file")
+
+
+def test_free_text_states_no_gpus() -> None:
+    """A command line inside a record states no GPUs, and a host's are stated once."""
+    text = JOB.replace(
+        "   Power=\n", "   SubmitLine=srun Nodes=node0 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:6-7)\n   Power=\n"
+    )
+    assert text != JOB
+    assert parse_scontrol(text, "job.txt") == parse_scontrol(JOB, "job.txt")
+    twice = JOB.replace(
+        "     Nodes=node8", "     Nodes=node0 CPU_IDs=0 Mem=0 GRES=gpu:2(IDX:6-7)\n     Nodes=node8"
+    )
+    with pytest.raises(InputError, match="names the GPUs of node0 twice"):
+        parse_scontrol(twice, "job.txt")

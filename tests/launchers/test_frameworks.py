@@ -127,11 +127,20 @@ def test_slots_experts_and_map(moe):
 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_a_mig_device_for_a_lone_rank(name: str) -> None:
-    """A rank that talks to no other may be on a MIG device, but not where a process sees all devices of its host."""
-    alone = make([("node01", 0, "MIG-1"), ("node02", 0, "GPU-2")], [((0, 4), Shape(tp=1, dp=2))])
-    reason = LAUNCHERS[name].cannot(alone)
-    assert (reason is None) is HOST_RULES[name].mig, reason
-    assert reason is None or "MIG-1" in reason
+    """A rank that talks to no other may be on a MIG device, a server's where it is its only one, as the rule says."""
+    seats = [("node01", 0, "MIG-1"), ("node02", 0, "GPU-2")]
+    servers = make(seats, [((0, 4), Shape(tp=1, dp=2))])
+    pipeline = make(seats, [((0, 2), Shape()), ((2, 4), Shape())])
+    rule = HOST_RULES[name]
+    many = rule.framework in ("vllm", "sglang", "trtllm")
+    expected = {
+        "rank": (True, True),
+        "server": (many, False),
+        "none": (False, False),
+    }[rule.mig]
+    reasons = [LAUNCHERS[name].cannot(placement) for placement in (servers, pipeline)]
+    assert tuple(reason is None for reason in reasons) == expected, reasons
+    assert all(reason is None or "MIG-1" in reason for reason in reasons)
 
 
 def test_gpus_ascend_in_an_engine_and_not_over_all_of_a_server() -> None:

@@ -127,9 +127,7 @@ def test_hosts_that_no_node_is_named_after_are_refused(tmp_path, hosts, message)
 def test_parts_of_gpus_are_refused(tmp_path):
     """A MIG device has a resource name of its own."""
     placement = make([("node0", 0, "MIG-0"), ("node0", 1, "MIG-1")], [((0, 4), Shape(tp=1, dp=2))])
-    with pytest.raises(
-        ExportError, match="rank 0 is on the MIG device MIG-0 of node0, and kubernetes starts none there"
-    ):
+    with pytest.raises(ExportError, match="kubernetes cannot start a rank on the MIG device MIG-0 of node0"):
         emit(placement, "kubernetes", tmp_path, options=options(cluster(1, 2)))
 
 

@@ -149,7 +149,7 @@ REFUSED = {
         make_data(
             [(f"h{rank // 4}", rank % 4) for rank in range(12)], [((s, s + 1), Shape(tp=6)) for s in (0, 1)]
         ),
-        "its 3 hosts and its stages do not divide one another",
+        "its 3 hosts and 2 stages do not divide one another",
     ),
     "etp": (make_data(FOUR, [((0, 1), Shape(tp=4, ep=2, etp=2))], {0: [[0], [1]]}), "etp is 2"),
     "edp in a TP group": (

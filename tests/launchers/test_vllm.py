@@ -206,7 +206,7 @@ REFUSED = {
             [((0, 1), Shape(tp=3, dp=2, ep=6))],
             {0: [[expert] for expert in range(6)]},
         ),
-        "its 3 hosts and its engines of one DP rank do not divide one another",
+        "its 3 hosts and 2 engines of one DP rank do not divide one another",
     ),
     "unlike stages": (
         make_data([("a", 0), ("a", 1), ("a", 2)], [((0, 1), Shape(tp=2)), ((1, 2), Shape(tp=1))]),

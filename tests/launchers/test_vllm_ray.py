@@ -117,3 +117,12 @@ def test_gpus_of_a_host_in_another_order():
     assert "the ranks 0, 2 of host b are on its GPUs 2, 0" in reason
     assert LAUNCHERS["vllm"].cannot(make(INTERLEAVED)) is not None
     assert "63 at most" in (launcher.cannot(make([(f"{'h' * 40}.{'d' * 40}", 0)])) or "")
+
+
+@pytest.mark.parametrize("port", [65535, 7999, 8000, 8001])
+def test_ports_that_meet_or_end_too_high(port, tmp_path):
+    """Engines serve from port 8000 on, and servers meet from the master port on: the two are kept apart, below 65536."""
+    two = make([("node01", gpu) for gpu in range(4)], [((0, 4), Shape(tp=2, dp=2))])
+    with pytest.raises(ExportError, match=r"ports end at 65535|state another master port"):
+        emit(two, "vllm-ray", tmp_path, options=Options(master_port=port, command=("model",)))
+    assert not any(tmp_path.iterdir())

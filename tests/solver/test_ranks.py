@@ -61,7 +61,7 @@ def test_start_is_legal_in_every_order_and_way(tmp_path_factory: pytest.TempPath
             if gpus is not None:
                 check_seats(problem, seats, gpus)
     one = seats_for(shapes[0], need=seats[0].need)
-    enough = ranks.eligible(problem, one[0]).sum() >= shapes[0].ranks
+    enough = ranks.eligible(problem, one[0], len(shapes)).sum() >= shapes[0].ranks
     assert (ranks.start(problem, one, everything(problem), [0]) is not None) == enough
 
 
