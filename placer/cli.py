@@ -889,7 +889,7 @@ def emit(
     cluster: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Cluster file, for the CPUs and NIC of each GPU.", show_default=False
+            metavar="FILE", help="Cluster file: CPUs, NUMA nodes and NICs as it has them.", show_default=False
         ),
     ] = None,
     master_addr: Annotated[
