@@ -110,18 +110,18 @@ def started(node: Popen[str]) -> None:
 
 
 @pytest.fixture(scope="module")
-def up(hosts, placement, tmp_path_factory):
+def up(hosts, placement, tmp_path_factory, short_folder):
     """Nodes of the placement, started by its scripts, and the folder with its files."""
     folder = emitted(placement, tmp_path_factory.mktemp("ray") / "out")
-    # Ray's sockets have the name of this folder in theirs, which has 107 signs at most.
-    short = tmp_path_factory.mktemp("r")
     head = placement.ranks[0].host
     try:
         started(
-            start_node(hosts, head, folder / f"ray-{head}.sh", short / head, ["--include-dashboard=false"])
+            start_node(
+                hosts, head, folder / f"ray-{head}.sh", short_folder / head, ["--include-dashboard=false"]
+            )
         )
         others = [
-            start_node(hosts, host, folder / f"ray-{host}.sh", short / host)
+            start_node(hosts, host, folder / f"ray-{host}.sh", short_folder / host)
             for host in hosts.names
             if host != head
         ]
@@ -254,7 +254,7 @@ def test_nodes_with_other_gpus_start_nothing(hosts, placement, up, tmp_path):
         assert re.search(rf"refused: Ray has the GPUs \S+ for rank {rank} on {host}, and the", ran.stderr)
 
 
-def test_node_under_the_name_of_another_starts_nothing(hosts, placement, up, tmp_path, tmp_path_factory):
+def test_node_under_the_name_of_another_starts_nothing(hosts, placement, up, tmp_path, short_folder):
     """A node that was started with the label of another host: its actors tell where they are, and no program starts."""
     absent = make([("node9", 1), ("node9", 0)])
     folder = emitted(absent, tmp_path / "out", known=False)
@@ -266,7 +266,7 @@ def test_node_under_the_name_of_another_starts_nothing(hosts, placement, up, tmp
         .replace("--head\n  --port=6379", f"--address={environment(placement)['RAY_ADDRESS']}")
         .replace("readonly host=node9", "readonly host=node0")
     )
-    started(start_node(hosts, "node0", script, tmp_path_factory.mktemp("r")))
+    started(start_node(hosts, "node0", script, short_folder / "x"))
     seen = tmp_path / "seen"
     seen.mkdir()
     ran = hosts.run(

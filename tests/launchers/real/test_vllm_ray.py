@@ -132,10 +132,10 @@ def environment(**more: object) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def told(hosts: Hosts, tmp_path_factory):
+def told(hosts: Hosts, tmp_path_factory, short_folder):
     """Nodes started by the scripts of the first case, and the folder that the engines write to."""
     folder, package = tmp_path_factory.mktemp("out"), stand_in(tmp_path_factory.mktemp("package"))
-    written, short = tmp_path_factory.mktemp("told"), tmp_path_factory.mktemp("v")
+    written = tmp_path_factory.mktemp("told")
     placed = next(iter(CASES.values()))
     emit(placed, "vllm-ray", folder)
     head = placed.ranks[0].host
@@ -145,7 +145,7 @@ def told(hosts: Hosts, tmp_path_factory):
             more = ["--include-dashboard=false"] if host == head else []
             started = hosts.run(
                 host,
-                [folder / f"vllm-ray-{host}.sh", *words, f"--temp-dir={short / host}", *more],
+                [folder / f"vllm-ray-{host}.sh", *words, f"--temp-dir={short_folder / host}", *more],
                 environment(PYTHONPATH=package, TOLD=written),
                 timeout=90,
             )
