@@ -191,7 +191,7 @@ ERRORS = [
         "`divide_evenly` names one thing twice", id="divide-twice"),
     pytest.param("divide_evenly: batch", ".divide_evenly", "found 'batch', expected a list", id="divide-no-list"),
     pytest.param("launcher: torchrnu", ".launcher",
-        "found 'torchrnu', expected `ranks`, `torchrun` or `sglang`, did you mean `torchrun`?", id="launcher"),
+        "`kubernetes` or `nccl`, did you mean `torchrun`?", id="launcher"),
     # time and throughput
     pytest.param("max_ttft: 200", ".max_ttft",
         "found the bare number 200, expected a time with its unit, such as `3 us`", id="ttft-bare"),
